@@ -1,0 +1,279 @@
+"""Run directories: everything one execution produced, written atomically, recognised when half-written.
+
+A run is complete when `manifest.json` is there. It is written last; until then `config.yaml` alone marks a run in
+progress, which can be resumed and is refused as a base model or as an output.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from clinical_nlp.config import Config, to_yaml
+from clinical_nlp.errors import RunError
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "spacy",
+    "pyarrow",
+    "numpy",
+)
+_CACHE_VARIABLES = (
+    "HF_HOME",
+    "HF_DATASETS_CACHE",
+    "HF_METRICS_CACHE",
+    "HF_MODULES_CACHE",
+    "HF_EVALUATE_CACHE",
+    "TMPDIR",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A reported number with its patient-bootstrap interval and what it was measured on.
+
+    `low` and `high` are NaN where no interval is valid (too few patients); `note` then says why.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_patients: int
+    n_notes: int
+    part: str = "test"
+    note: str = ""
+
+    def __str__(self) -> str:
+        interval = "no interval" if math.isnan(self.low) else f"{self.low:.3f} to {self.high:.3f}"
+        return f"{self.value:.3f} ({interval}; {self.n_patients} patients, {self.n_notes} notes, {self.part})"
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a crash leaves the old content or the new, never a part (temporary file, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data.encode("utf-8") if isinstance(data, str) else data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the given order; NaN becomes null."""
+    write_atomic(path, json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (Path, datetime.date)):
+        return str(value)
+    return value
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, read in blocks."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def contain_caches(folder: Path) -> None:
+    """Point every cache and temporary folder of the libraries below `folder`, before any of them is imported.
+
+    The hub cache (models, no note text) stays where the user has it.
+    """
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    os.environ.setdefault("HF_HUB_CACHE", str(home / "hub"))
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for variable in _CACHE_VARIABLES:
+        os.environ[variable] = str(folder / variable.lower())
+        (folder / variable.lower()).mkdir(exist_ok=True)
+    tempfile.tempdir = None
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of this package and of what it is built on."""
+    found = {"python": platform.python_version()}
+    for name in ("clinical_nlp", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return processor, cores, memory and GPUs; torch is asked only if it is already imported."""
+    import sys
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    found: dict[str, Any] = {"processor": model, "cores": os.cpu_count()}
+    if hasattr(os, "sysconf"):
+        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return found
+
+
+class Run:
+    """One run directory; open it with `Run.open`, read a finished one with `Run.load`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._metrics: dict[str, Any] = {}
+        self._began = time.monotonic()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Flat name -> `{value, low, high, n_patients, n_notes, part}` (see `metrics.json`)."""
+        if not self._metrics and (self.path / "metrics.json").is_file():
+            self._metrics = json.loads((self.path / "metrics.json").read_text("utf-8"))
+        return self._metrics
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Run:
+        """Read a finished run; a half-written one is refused."""
+        folder = Path(path)
+        if not (folder / "manifest.json").is_file():
+            if (folder / "config.yaml").is_file():
+                raise RunError(f"{folder} is a half-written run: it was interrupted; finish it with --resume")
+            raise RunError(f"{folder} is not a run directory (it has no manifest.json)")
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        except ValueError:
+            raise RunError(f"{folder / 'manifest.json'} is damaged; run it again in a new directory") from None
+        return cls(folder, manifest)
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        output: str | os.PathLike[str],
+        config: Config,
+        *,
+        recipe: str,
+        resume: bool = False,
+        contains_phi: bool = True,
+    ) -> Iterator[Run]:
+        """Open a run directory for writing and finish it with its manifest when the block ends well.
+
+        Raises
+        ------
+        RunError : the directory holds something else, a finished run, or a half-written one without `resume`,
+            or was begun with another config.
+        """
+        folder = Path(output)
+        text = to_yaml(config)
+        began = folder / "config.yaml"
+        if (folder / "manifest.json").exists():
+            raise RunError(f"{folder} already holds a finished run; choose another --output")
+        if began.exists():
+            if not resume:
+                raise RunError(
+                    f"{folder} holds an interrupted run; add --resume to finish it, or choose another --output"
+                )
+            if began.read_text("utf-8") != text:
+                raise RunError(f"{folder} was begun with another config ({began}); resume with the same one")
+        elif folder.exists() and any(folder.iterdir()):
+            raise RunError(f"{folder} is not empty; choose another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        contain_caches(folder / ".cache")
+        write_atomic(began, text)
+        run = cls(
+            folder,
+            {
+                "recipe": recipe,
+                "seed": getattr(config, "seed", None),
+                "config": config.model_dump(mode="json"),
+                "inputs": {},
+                "base_model": None,
+                "parent_run": None,
+                "outputs_contain_phi": contains_phi,
+                "packages": package_versions(),
+            },
+        )
+        yield run
+        run._finish()
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest (`inputs`, `base_model`, `tokens`, ...)."""
+        for key, value in facts.items():
+            if isinstance(value, dict) and isinstance(self.manifest.get(key), dict):
+                self.manifest[key].update(value)
+            else:
+                self.manifest[key] = value
+
+    def log(self, **values: Any) -> None:
+        """Append one line of training metrics to `metrics.jsonl`."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(_plain(values)) + "\n")
+
+    def record(self, estimates: Mapping[str, Estimate]) -> None:
+        """Add estimates to `metrics.json`, keyed `part.metric` (`test.f1_strict`)."""
+        self._metrics = {**self.metrics, **{name: _plain(estimate) for name, estimate in estimates.items()}}
+        write_json(self.path / "metrics.json", self._metrics)
+
+    def _finish(self) -> None:
+        import shutil
+
+        shutil.rmtree(self.path / ".cache", ignore_errors=True)
+        self.manifest["hardware"] = hardware()
+        self.manifest["duration_seconds"] = round(time.monotonic() - self._began, 1)
+        self.manifest["finished_at"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(self.path / "manifest.json", self.manifest)
