@@ -5,6 +5,9 @@ A config is a pydantic model that forbids extra keys; the docstring under a fiel
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +23,14 @@ from clinical_nlp.errors import ConfigError, MissingDataError, nearest
 class Config(BaseModel):
     """Base of every config: frozen, no unknown keys, field docstrings are the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        coerce_numbers_to_str=True,
+        validate_default=True,
+    )
 
 
 class NamedConfig(Config):
@@ -80,6 +90,51 @@ class RecipeConfig(Config):
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
+class _DuplicateKeyError(yaml.MarkedYAMLError):
+    """A YAML mapping names one key twice; plain YAML would silently keep the last."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2, so that `no` and `2020-01-01` stay words and `1e-4` is a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is given twice."""
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise _DuplicateKeyError(
+                        problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or `_Loader` would not read back as a word."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", list("-+.")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _from_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def load_config(
     config_class: type[ConfigType],
     file: Path | None = None,
@@ -91,7 +146,8 @@ def load_config(
     ----------
     config_class : the pydantic class.
     file : YAML file, or None for the defaults.
-    overrides : keys may be dotted (`strategy.rank`); string values are parsed as YAML scalars.
+    overrides : keys may be dotted (`strategy.rank`). A path stands for its string; for a key that takes a list, one
+        value or `a,b` stands for the list.
 
     Raises
     ------
@@ -103,15 +159,21 @@ def load_config(
         if not file.is_file():
             raise MissingDataError(f"config file {file} does not exist")
         try:
-            loaded = yaml.safe_load(file.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            loaded = _from_yaml(file.read_text("utf-8-sig"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f", line {mark.line + 1}" if mark else ""
-            raise ConfigError(f"config file {file}{where} is not valid YAML") from None
+            reason = f": {error.problem}" if isinstance(error, _DuplicateKeyError) else ""
+            raise ConfigError(f"config file {file}{where} is not valid YAML{reason}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"config file {file} must hold keys and values")
         values = loaded or {}
+    lists = {name for name, kind, *_ in fields(config_class) if kind.startswith("list of")} if overrides else ()
     for key, value in (overrides or {}).items():
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if key in lists and isinstance(value, str | int | float):
+            value = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
         _set_dotted(values, key, value)
     return validate(config_class, values)
 
@@ -149,8 +211,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text.strip() else text
-    except yaml.YAMLError:
+        return _from_yaml(text) if text.strip() else text
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -160,13 +222,15 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         inner = values.get(parent)
         if isinstance(inner, str):
             inner = {"name": inner}
-        values[parent] = inner = {} if inner is None else dict(inner)
+        elif isinstance(inner, Config):
+            inner = inner.model_dump()
+        if not isinstance(inner, dict | None):
+            raise ConfigError(f"config key {key!r}: {parent!r} holds a value, not keys")
+        values[parent] = inner = dict(inner or {})
         values = inner
     present = values.get(last)
-    if isinstance(present, dict) and isinstance(value, str):
-        present["name"] = value
-    else:
-        values[last] = value
+    # `--strategy lora` over a file that says more about the strategy changes its name and keeps the rest.
+    values[last] = {**present, "name": value} if isinstance(present, dict) and isinstance(value, str) else value
 
 
 def _config_of(annotation: Any) -> type[Config] | None:
@@ -182,22 +246,45 @@ def _config_of(annotation: Any) -> type[Config] | None:
 
 def fields(config_class: type[Config], prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
     """Yield (dotted key, type, default, help) for every leaf field."""
+    yield from _fields(config_class, prefix, None)
+
+
+def _fields(config_class: type[Config], prefix: str, given: Config | None) -> Iterator[tuple[str, str, Any, str]]:
     for name, info in config_class.model_fields.items():
+        default = "(required)" if info.is_required() else info.get_default(call_default_factory=True)
+        if given is not None:
+            default = getattr(given, name)
         inner = _config_of(info.annotation)
         if inner is not None:
-            yield from fields(inner, f"{prefix}{name}.")
+            # A section's own default may differ from the defaults of its class.
+            section = default if isinstance(default, Config) else None
+            yield from _fields(type(section) if section else inner, f"{prefix}{name}.", section)
             continue
-        annotation = info.annotation
-        kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-        default = info.get_default(call_default_factory=True) if not info.is_required() else "(required)"
-        yield f"{prefix}{name}", kind, default, " ".join((info.description or "").split())
+        yield f"{prefix}{name}", _type_name(info.annotation), default, " ".join((info.description or "").split())
+
+
+def _type_name(annotation: Any) -> str:
+    """Return a type as a user reads it: `int or none`, `official|random`, `list of str`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "|".join(str(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in parts)
+    if origin in (list, tuple, set, frozenset) and parts:
+        return f"list of {_type_name(parts[0])}"
+    if origin is typing.Annotated:
+        return _type_name(parts[0])
+    if annotation is type(None):
+        return "none"
+    if annotation is Path:
+        return "path"
+    return annotation.__name__ if isinstance(annotation, type) and not parts else str(annotation).replace("typing.", "")
 
 
 def _describe(config_class: type[Config], item: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in item["loc"]) or config_class.__name__
     if item["type"] == "extra_forbidden":
-        known = [name for name, *_ in fields(config_class)] + list(config_class.model_fields)
-        return f"config key {key!r} is not known{nearest(key, known)}"
+        return f"config key {key!r} is not known{nearest_key(config_class, key)}"
     if item["type"] == "missing":
         return f"config key {key!r} is required"
     message = item["msg"].removeprefix("Value error, ")
@@ -206,6 +293,21 @@ def _describe(config_class: type[Config], item: Mapping[str, Any]) -> str:
     return f"config key {key!r}: {message[0].lower() + message[1:]}{shown}"
 
 
+def nearest_key(config_class: type[Config], key: str) -> str:
+    """Return `"; did you mean 'strategy.rank'?"` for a key that is not known; a bare `rank` finds it too."""
+    known = list(dict.fromkeys([*(name for name, *_ in fields(config_class)), *config_class.model_fields]))
+    section, _, last = key.rpartition(".")
+    inside = [name for name in known if section and name.startswith(f"{section}.")]
+    for names in (inside, [name for name in known if name != section]):
+        if close := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
+            return f"; did you mean {close[0]!r}?"
+    for name in known:
+        if difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio() >= 0.8:
+            return f"; did you mean {name!r}?"
+    return nearest(key, known) if len(known) <= 10 else "; --help lists the keys"
+
+
 def to_yaml(config: Config) -> str:
     """Render a config as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

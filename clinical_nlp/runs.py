@@ -13,16 +13,18 @@ import json
 import math
 import os
 import platform
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from clinical_nlp.config import Config, to_yaml
-from clinical_nlp.errors import RunError
+from clinical_nlp.errors import RunError, UsageError
 
 _PACKAGES = (
     "torch",
@@ -82,10 +84,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
+    """Make a rename in `folder` durable, where the file system can (some network shares refuse it)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -102,8 +105,10 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(inner) for inner in value), key=str)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, (Path, datetime.date)):
@@ -117,21 +122,100 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def contain_caches(folder: Path) -> None:
-    """Point every cache and temporary folder of the libraries below `folder`, before any of them is imported.
+def _huggingface_home() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("HF_HOME") or cache / "huggingface")
 
-    The hub cache (models, no note text) stays where the user has it.
+
+def contain_caches(folder: Path) -> None:
+    """Point every cache and temporary folder of the libraries below `folder`, imported or not.
+
+    The hub cache (models, no note text) stays where the user has it. `contained_caches` undoes it.
     """
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    os.environ.setdefault("HF_HUB_CACHE", str(home / "hub"))
+    os.environ.setdefault("HF_HUB_CACHE", str(_huggingface_home() / "hub"))
+    import multiprocessing.util
+
+    # Workers talk through sockets in this folder. It holds no data, is made once, and a socket's path may not be
+    # longer than 107 bytes, which a run directory may be.
+    multiprocessing.util.get_temp_dir()
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     for variable in _CACHE_VARIABLES:
         os.environ[variable] = str(folder / variable.lower())
-        (folder / variable.lower()).mkdir(exist_ok=True)
-    tempfile.tempdir = None
+        (folder / variable.lower()).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _tell_libraries()
+
+
+@contextmanager
+def contained_caches(folder: Path) -> Iterator[None]:
+    """Contain the caches while the block runs (see `contain_caches`), then delete `folder` and put things back."""
+    before = {variable: os.environ.get(variable) for variable in _CACHE_VARIABLES}
+    shutil.rmtree(folder, ignore_errors=True)
+    contain_caches(folder)
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = value
+        _tell_libraries()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell_libraries() -> None:
+    """Give the current cache folders to the libraries that read the environment only when they are imported.
+
+    A second run in one process would otherwise write its notes into the caches of the first.
+    """
+    tempfile.tempdir = None
+    home = _huggingface_home()
+    for name, attributes in {
+        "datasets": ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"),
+        "evaluate": ("HF_EVALUATE_CACHE", "HF_METRICS_CACHE", "HF_MODULES_CACHE"),
+    }.items():
+        config: Any = sys.modules.get(f"{name}.config")
+        if config is None:
+            continue
+        for attribute in attributes:
+            default = home / attribute.removeprefix("HF_").removesuffix("_CACHE").lower()
+            setattr(config, attribute, Path(os.environ.get(attribute) or default))
+    fingerprint: Any = sys.modules.get("datasets.fingerprint")
+    if fingerprint is not None:
+        fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes the run: the only one, or rank 0 of `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE") or 1) <= 1 or int(os.environ.get("RANK") or 0) == 0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a directory for this process; the lock dies with the process, also after SIGKILL.
+
+    Raises
+    ------
+    RunError : another process is writing there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder} is in use by another process; wait for it, or choose another --output") from None
+        except OSError:  # a network share without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def package_versions() -> dict[str, str]:
@@ -147,8 +231,6 @@ def package_versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Return processor, cores, memory and GPUs; torch is asked only if it is already imported."""
-    import sys
-
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -197,7 +279,9 @@ class Run:
         try:
             manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         except ValueError:
-            raise RunError(f"{folder / 'manifest.json'} is damaged; run it again in a new directory") from None
+            manifest = None
+        if not isinstance(manifest, dict):
+            raise RunError(f"{folder / 'manifest.json'} is damaged; run it again in a new directory")
         return cls(folder, manifest)
 
     @classmethod
@@ -213,43 +297,43 @@ class Run:
     ) -> Iterator[Run]:
         """Open a run directory for writing and finish it with its manifest when the block ends well.
 
+        When the block fails before it wrote anything, the directory is left as it was found; after that it stays,
+        marked as half-written by the missing manifest. Of several processes only rank 0 writes.
+
         Raises
         ------
-        RunError : the directory holds something else, a finished run, or a half-written one without `resume`,
-            or was begun with another config.
+        RunError : the directory holds something else, a finished run, a half-written one without `resume`,
+            or was begun with another config; or another process is writing it.
         """
         folder = Path(output)
-        text = to_yaml(config)
-        began = folder / "config.yaml"
-        if (folder / "manifest.json").exists():
-            raise RunError(f"{folder} already holds a finished run; choose another --output")
-        if began.exists():
-            if not resume:
-                raise RunError(
-                    f"{folder} holds an interrupted run; add --resume to finish it, or choose another --output"
-                )
-            if began.read_text("utf-8") != text:
-                raise RunError(f"{folder} was begun with another config ({began}); resume with the same one")
-        elif folder.exists() and any(folder.iterdir()):
-            raise RunError(f"{folder} is not empty; choose another --output")
+        manifest = {
+            "recipe": recipe,
+            "seed": getattr(config, "seed", None),
+            "config": config.model_dump(mode="json"),
+            "inputs": {},
+            "base_model": None,
+            "parent_run": None,
+            "outputs_contain_phi": contains_phi,
+            "packages": package_versions(),
+        }
+        if not is_main_process():
+            with contained_caches(folder / f".cache-{os.environ['RANK']}"):
+                yield _Follower(folder, manifest)
+            return
+        made = not folder.exists()
+        if not made and not folder.is_dir():
+            raise UsageError(f"output {folder} is a file; name a directory")
         folder.mkdir(parents=True, exist_ok=True)
-        contain_caches(folder / ".cache")
-        write_atomic(began, text)
-        run = cls(
-            folder,
-            {
-                "recipe": recipe,
-                "seed": getattr(config, "seed", None),
-                "config": config.model_dump(mode="json"),
-                "inputs": {},
-                "base_model": None,
-                "parent_run": None,
-                "outputs_contain_phi": contains_phi,
-                "packages": package_versions(),
-            },
-        )
-        yield run
-        run._finish()
+        with locked(folder):
+            _claim(folder, to_yaml(config), resume)
+            run = cls(folder, manifest)
+            try:
+                with contained_caches(folder / ".cache"):
+                    yield run
+                run._finish()
+            finally:
+                if not _produced(folder):
+                    _unclaim(folder, made)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest (`inputs`, `base_model`, `tokens`, ...)."""
@@ -270,10 +354,56 @@ class Run:
         write_json(self.path / "metrics.json", self._metrics)
 
     def _finish(self) -> None:
-        import shutil
-
-        shutil.rmtree(self.path / ".cache", ignore_errors=True)
         self.manifest["hardware"] = hardware()
         self.manifest["duration_seconds"] = round(time.monotonic() - self._began, 1)
         self.manifest["finished_at"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(self.path / "manifest.json", self.manifest)
+
+
+class _Follower(Run):
+    """The run as the processes other than rank 0 see it: they read it and write nothing."""
+
+    def log(self, **values: Any) -> None:
+        """Leave the line to rank 0."""
+
+    def record(self, estimates: Mapping[str, Estimate]) -> None:
+        """Keep the figures in memory only."""
+        self._metrics = {**self._metrics, **{name: _plain(estimate) for name, estimate in estimates.items()}}
+
+
+def _produced(folder: Path) -> bool:
+    """Return whether a directory holds anything beside the marks of a run that has just begun."""
+    return any(
+        path.name != "config.yaml" and not path.name.startswith((".cache", ".config.yaml."))
+        for path in folder.iterdir()
+    )
+
+
+def _claim(folder: Path, config: str, resume: bool) -> None:
+    """Mark a directory as a run in progress, or refuse it."""
+    began = folder / "config.yaml"
+    if (folder / "manifest.json").exists():
+        raise RunError(f"{folder} already holds a finished run; choose another --output")
+    if _produced(folder):
+        if not began.exists():
+            raise RunError(f"{folder} is not empty and not a run; choose another --output")
+        if not resume:
+            raise RunError(f"{folder} holds an interrupted run; add --resume to finish it, or choose another --output")
+        if began.read_bytes() != config.encode("utf-8"):
+            raise RunError(f"{folder} was begun with another config ({began}); resume with the same one")
+        _mend(folder / "metrics.jsonl")
+    write_atomic(began, config)
+
+
+def _mend(log: Path) -> None:
+    """Cut a line that a crash left half-written off the end of `metrics.jsonl`."""
+    if log.is_file() and not (data := log.read_bytes()).endswith(b"\n"):
+        write_atomic(log, data[: data.rfind(b"\n") + 1])
+
+
+def _unclaim(folder: Path, made: bool) -> None:
+    """Take the marks off again when nothing was produced, so that the same --output can be used after a mistake."""
+    (folder / "config.yaml").unlink(missing_ok=True)
+    if made:
+        with suppress(OSError):
+            folder.rmdir()
