@@ -125,8 +125,6 @@ def _admit(record: Record, reading: Reading, languages: set[str]) -> Record:
     first = reading.index.add("note", record.institution, record.note_id, value=record.source)
     if first is not None:
         return rejected(f"duplicate note_id in its institution; first seen at {first}")
-            "notes name no institution at the level asked for; theirs is 'unknown' (see --institution-from)"
-        ] += 1
     return replace(record, language=language) if language != record.language else record
 
 

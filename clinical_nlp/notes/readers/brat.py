@@ -27,7 +27,7 @@ import pyarrow as pa
 from clinical_nlp.errors import MissingDataError
 from clinical_nlp.notes.readers.files import read_text, walk
 from clinical_nlp.notes.readers.folder import check_institution_from, institution_of, stem
-from clinical_nlp.notes.readers.options import Reading, ReadOptions
+from clinical_nlp.notes.readers.options import DEFAULT_OPTIONS, Reading, ReadOptions
 from clinical_nlp.notes.schema import SPAN_SCHEMA, Note, Patient, Record, Rejected
 
 _BODY = re.compile(r"(\S+) (\d+ \d+(?:;\d+ \d+)*)")

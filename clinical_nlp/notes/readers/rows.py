@@ -253,7 +253,7 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
         yield from _arrow_rows(batches, name)
 
 
-def _arrow_rows(batches: Iterator[Any], name: str) -> Iterator[Row | Rejected]:
+def _arrow_rows(batches: Any, name: str) -> Iterator[Row | Rejected]:
     number = 0
     while True:
         with _parquet_errors(name):
@@ -324,7 +324,7 @@ class DuckDb:
             )
         except duckdb.Error:
             raise UnreadableError(name, "cannot be read from the DuckDB file") from None
-        yield from _arrow_rows(iter(reader), name)
+        yield from _arrow_rows(reader, name)
 
     def close(self) -> None:
         """Close the file."""
