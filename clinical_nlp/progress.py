@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,9 +10,25 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def is_main_process() -> bool:
+    """Return whether this process prints and writes: the only one, or rank 0 of `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE") or 1) <= 1 or int(os.environ.get("RANK") or 0) == 0
+
+
 def say(message: str) -> None:
-    """Print one line of progress to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line of progress to standard error, from the main process only."""
+    if not is_main_process():
+        return
+    if _shown:
+        _shown[-1].console.print(message, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+_shown: list[Any] = []
+"""The live bar, if there is one; a line said meanwhile is printed above it."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_shown.clear)  # a worker must not wait for the lock of its parent's bar
 
 
 class Progress:
@@ -22,22 +39,24 @@ class Progress:
         self._done, self._began, self._last = 0, time.monotonic(), 0.0
         self._bar: Any = None
         self._task: Any = None
-        if sys.stderr.isatty():
+        # rich allows one live display at a time: a bar inside a bar prints lines.
+        if sys.stderr.isatty() and is_main_process() and not _shown:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(title, total=total, note="")
             self._bar.start()
+            _shown.append(self._bar)
 
     def advance(self, count: int = 1, **shown: float | int | str) -> None:
         """Count `count` more units; `shown` are figures to print beside the count."""
@@ -58,12 +77,14 @@ class Progress:
         of = f"/{self._total}" if self._total else ""
         say(f"{self._title}: {self._done}{of} {self._unit}  {self._done / seconds:.1f}/s  {note}".rstrip())
 
-    def close(self) -> None:
+    def close(self, last: str = "done") -> None:
         """End the bar, or print the last line."""
         if self._bar is not None:
+            _shown.remove(self._bar)
             self._bar.stop()
+            self._bar = None
         else:
-            self._line("done")
+            self._line(last)
 
 
 @contextmanager
@@ -72,5 +93,7 @@ def progress(title: str, total: int | None = None, *, unit: str = "", every: flo
     bar = Progress(title, total, unit, every)
     try:
         yield bar
-    finally:
-        bar.close()
+    except BaseException:
+        bar.close("stopped")
+        raise
+    bar.close()

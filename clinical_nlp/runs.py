@@ -25,6 +25,7 @@ from typing import Any
 
 from clinical_nlp.config import Config, to_yaml
 from clinical_nlp.errors import RunError, UsageError
+from clinical_nlp.progress import is_main_process
 
 _PACKAGES = (
     "torch",
@@ -185,11 +186,6 @@ def _tell_libraries() -> None:
     fingerprint: Any = sys.modules.get("datasets.fingerprint")
     if fingerprint is not None:
         fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None
-
-
-def is_main_process() -> bool:
-    """Return whether this process writes the run: the only one, or rank 0 of `accelerate launch`."""
-    return int(os.environ.get("WORLD_SIZE") or 1) <= 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 @contextmanager
@@ -374,7 +370,7 @@ class _Follower(Run):
 def _produced(folder: Path) -> bool:
     """Return whether a directory holds anything beside the marks of a run that has just begun."""
     return any(
-        path.name != "config.yaml" and not path.name.startswith((".cache", ".config.yaml."))
+        path.name not in ("config.yaml", "error.txt") and not path.name.startswith((".cache", ".config.yaml."))
         for path in folder.iterdir()
     )
 
@@ -392,6 +388,7 @@ def _claim(folder: Path, config: str, resume: bool) -> None:
         if began.read_bytes() != config.encode("utf-8"):
             raise RunError(f"{folder} was begun with another config ({began}); resume with the same one")
         _mend(folder / "metrics.jsonl")
+    (folder / "error.txt").unlink(missing_ok=True)
     write_atomic(began, config)
 
 
