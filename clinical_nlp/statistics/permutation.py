@@ -1,0 +1,185 @@
+"""Who may be exchanged with whom: whole patients, between two institutions, within strata of patients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from clinical_nlp.errors import InputError, TooFewPatientsError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class PermutationPlan:
+    """One set of relabelled patients, shared by every test of a comparison.
+
+    Notes of one patient resemble each other, so permuting notes finds "drift" between identical institutions almost
+    always; here every patient moves with all of their notes.
+
+    Parameters
+    ----------
+    patient_ids, institutions : one entry a note; exactly two institutions.
+    reference : the institution that is compared against; default the first in sorted order.
+    strata : one label a note, the same for all notes of a patient; patients are exchanged only within a stratum.
+    n_permutations : relabellings besides the observed one.
+    seed : of the relabellings.
+
+    Raises
+    ------
+    InputError : a patient has notes in both institutions, or in two strata.
+    TooFewPatientsError : fewer than two patients in an institution.
+    UsageError : the arguments do not fit together.
+    """
+
+    patient_ids: Sequence[str] = field(repr=False)
+    institutions: Sequence[str] = field(repr=False)
+    reference: str | None = None
+    strata: Sequence[object] | None = field(default=None, repr=False)
+    n_permutations: int = 999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.patient_ids) != len(self.institutions):
+            raise UsageError(f"{len(self.patient_ids)} patient ids for {len(self.institutions)} institutions")
+        if self.n_permutations < 1:
+            raise UsageError(f"n_permutations must be at least 1 (got {self.n_permutations})")
+        names = sorted(set(self.institutions))
+        if len(names) != 2:
+            raise UsageError(f"a two-sample test compares exactly 2 institutions (got {len(names)})")
+        if self.reference is not None and self.reference not in names:
+            raise UsageError(f"reference {self.reference!r} is not one of {names[0]!r} and {names[1]!r}")
+        share = np.bincount(self.note_patient, weights=self._note_is_target) / self.notes_per_patient
+        both = int(((share > 0) & (share < 1)).sum())
+        if both:
+            raise InputError(
+                f"{both} of {len(share)} patients have notes in both institutions, and a patient can stand on one side "
+                "only: leave them out (patient_in_two=drop), or count each where most of their notes are "
+                "(patient_in_two=majority)"
+            )
+        if min(self.n_patients) < 2:
+            raise TooFewPatientsError(
+                f"a two-sample test needs at least 2 patients in each institution (got {self.n_patients[0]} and "
+                f"{self.n_patients[1]})"
+            )
+        if self.strata is not None:
+            _, rows = np.unique(np.asarray(self.strata, dtype=str), return_inverse=True)
+            if len(rows) != len(self.patient_ids):
+                raise UsageError(f"{len(rows)} strata for {len(self.patient_ids)} notes")
+            if np.any(rows != self.patient_stratum[self.note_patient]):
+                raise InputError("a stratum must be the same for all notes of a patient")
+
+    @cached_property
+    def names(self) -> tuple[str, str]:
+        """Reference and the other institution."""
+        names = sorted(set(self.institutions))
+        reference = names[0] if self.reference is None else self.reference
+        return reference, next(name for name in names if name != reference)
+
+    @cached_property
+    def patients(self) -> np.ndarray:
+        """(n_patients,) sorted ids."""
+        return np.unique(np.asarray(self.patient_ids, dtype=str))
+
+    @cached_property
+    def note_patient(self) -> np.ndarray:
+        """(n_notes,) row of each note's patient in `patients`."""
+        return np.searchsorted(self.patients, np.asarray(self.patient_ids, dtype=str))
+
+    @cached_property
+    def notes_per_patient(self) -> np.ndarray:
+        """(n_patients,) number of notes."""
+        return np.bincount(self.note_patient)
+
+    @cached_property
+    def note_weight(self) -> np.ndarray:
+        """(n_notes,) one over the number of notes of its patient: every patient weighs 1."""
+        return 1.0 / self.notes_per_patient[self.note_patient]
+
+    @cached_property
+    def _note_is_target(self) -> np.ndarray:
+        return np.asarray(self.institutions, dtype=str) == self.names[1]
+
+    @cached_property
+    def is_target(self) -> np.ndarray:
+        """(n_patients,) bool, True where the patient is of the other institution."""
+        found = np.zeros(len(self.patients), dtype=bool)
+        found[self.note_patient] = self._note_is_target
+        return found
+
+    @cached_property
+    def n_patients(self) -> tuple[int, int]:
+        """Patients of the reference and of the other institution."""
+        return int((~self.is_target).sum()), int(self.is_target.sum())
+
+    @cached_property
+    def patient_stratum(self) -> np.ndarray:
+        """(n_patients,) int."""
+        found = np.zeros(len(self.patients), dtype=int)
+        if self.strata is not None:
+            found[self.note_patient] = np.unique(np.asarray(self.strata, dtype=str), return_inverse=True)[1]
+        return found
+
+    @cached_property
+    def membership(self) -> np.ndarray:
+        """(n_patients, 1 + n_permutations) bool, True where a patient counts as of the other institution.
+
+        Column 0 is what was observed; the others exchange labels within strata.
+        """
+        columns = np.empty((len(self.patients), self.n_permutations + 1), dtype=bool)
+        columns[:, 0] = self.is_target
+        generator = np.random.default_rng(self.seed)
+        for stratum in range(self.patient_stratum.max() + 1):
+            rows = np.flatnonzero(self.patient_stratum == stratum)
+            tiled = np.repeat(self.is_target[rows][:, None], self.n_permutations, axis=1)
+            columns[rows, 1:] = generator.permuted(tiled, axis=0)
+        return columns
+
+    @cached_property
+    def smallest_p(self) -> float:
+        """The smallest p-value that these patients and this number of permutations can give.
+
+        All tests here are blind to which side is called reference, so with equal sides every relabelling has a twin.
+        """
+        ways, twins = 1, True
+        for stratum in range(self.patient_stratum.max() + 1):
+            inside = self.is_target[self.patient_stratum == stratum]
+            ways *= math.comb(len(inside), int(inside.sum()))
+            twins &= 2 * int(inside.sum()) == len(inside)
+        return min(1.0, max(1 / (self.n_permutations + 1), (2 if twins else 1) / ways))
+
+    def p_value(self, values: np.ndarray) -> float:
+        """Return (1 + #{permuted >= observed}) / (permutations + 1) for one value a column of `membership`.
+
+        References
+        ----------
+        Phipson and Smyth 2010, Permutation P-values Should Never Be Zero, SAGMB 9(1).
+        """
+        observed, permuted = float(values[0]), values[1:]
+        if math.isnan(observed):
+            return math.nan
+        # Relabellings that amount to the observed one differ from it by rounding; they must count.
+        slack = 1e-9 * max(1e-12, float(np.nanstd(permuted)), abs(observed) * 1e-3)
+        return float((1 + np.count_nonzero(~(permuted < observed - slack))) / (len(permuted) + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values so that the chance of any false finding among them stays below the level.
+
+    NaN (a test that could not be made) stays NaN and still counts in the family.
+
+    References
+    ----------
+    Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6.
+    """
+    values = np.asarray(p_values, dtype=float)
+    adjusted = np.full(len(values), math.nan)
+    largest = 0.0
+    order = np.argsort(values, kind="stable")
+    for rank, index in enumerate(order):
+        if not math.isnan(values[index]):
+            largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+            adjusted[index] = largest
+    return adjusted.tolist()
