@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clinical_nlp.config import Config, to_yaml
 from clinical_nlp.errors import RunError, UsageError
@@ -188,32 +188,6 @@ def _tell_libraries() -> None:
         fingerprint._TEMP_DIR_FOR_TEMP_CACHE_FILES = None
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a directory for this process; the lock dies with the process, also after SIGKILL.
-
-    Raises
-    ------
-    RunError : another process is writing there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder} is in use by another process; wait for it, or choose another --output") from None
-        except OSError:  # a network share without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def package_versions() -> dict[str, str]:
     """Return the installed versions of this package and of what it is built on."""
     found = {"python": platform.python_version()}
@@ -320,8 +294,7 @@ class Run:
         if not made and not folder.is_dir():
             raise UsageError(f"output {folder} is a file; name a directory")
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            _claim(folder, to_yaml(config), resume)
+        with _claimed(folder, to_yaml(config), resume):
             run = cls(folder, manifest)
             try:
                 with contained_caches(folder / ".cache"):
@@ -375,21 +348,49 @@ def _produced(folder: Path) -> bool:
     )
 
 
-def _claim(folder: Path, config: str, resume: bool) -> None:
-    """Mark a directory as a run in progress, or refuse it."""
+@contextmanager
+def _claimed(folder: Path, config: str, resume: bool) -> Iterator[None]:
+    """Mark a directory as a run in progress, or refuse it; `config.yaml` is the mark and carries the lock."""
     began = folder / "config.yaml"
     if (folder / "manifest.json").exists():
         raise RunError(f"{folder} already holds a finished run; choose another --output")
-    if _produced(folder):
-        if not began.exists():
-            raise RunError(f"{folder} is not empty and not a run; choose another --output")
-        if not resume:
-            raise RunError(f"{folder} holds an interrupted run; add --resume to finish it, or choose another --output")
-        if began.read_bytes() != config.encode("utf-8"):
-            raise RunError(f"{folder} was begun with another config ({began}); resume with the same one")
-        _mend(folder / "metrics.jsonl")
-    (folder / "error.txt").unlink(missing_ok=True)
-    write_atomic(began, config)
+    if _produced(folder) and not began.exists():
+        raise RunError(f"{folder} is not empty and not a run; choose another --output")
+    with open(began, "a+b") as handle:
+        _lock(handle, folder)
+        handle.seek(0)
+        same = handle.read() == config.encode("utf-8")
+        if _produced(folder):
+            if not resume:
+                raise RunError(
+                    f"{folder} holds an interrupted run; add --resume to finish it, or choose another --output"
+                )
+            if not same:
+                raise RunError(f"{folder} was begun with another config ({began}); resume with the same one")
+            _mend(folder / "metrics.jsonl")
+        (folder / "error.txt").unlink(missing_ok=True)
+        if not same:
+            # In place, since the lock is on this file; nothing is produced before it is on disk.
+            handle.truncate(0)
+            handle.write(config.encode("utf-8"))
+            handle.flush()
+            os.fsync(handle.fileno())
+            sync_folder(folder)
+        yield
+
+
+def _lock(handle: IO[bytes], folder: Path) -> None:
+    """Hold an open file for this process; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{folder} is in use by another process; wait for it, or choose another --output") from None
+    except OSError:  # a network share without locks
+        return
 
 
 def _mend(log: Path) -> None:
