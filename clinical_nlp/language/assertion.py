@@ -1,0 +1,280 @@
+"""What a note says about a span: present or denied, now or once, real or hypothetical, of the patient or another.
+
+The method is that of ConText: cue phrases in `cues.csv` act forward or backward over a limited number of words until a
+phrase that ends their scope; longer phrases that only look like cues (pseudo cues) hide the cues inside them. The
+nearest cue in force decides each axis. Sections set defaults.
+
+References
+----------
+Harkema et al. 2009, ConText: an algorithm for determining negation, experiencer and temporal status from clinical
+reports, J Biomed Inform 42(5).
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clinical_nlp.language.sections import Section, find_sections
+from clinical_nlp.language.sentences import find_sentences
+from clinical_nlp.notes.schema import Assertion
+
+_TOKEN = re.compile(r"[^\W\d_]+(?:['’/][^\W\d_]+)*\.?(?<!\.)|\d+(?:[.,]\d+)*|[^\w\s]")
+_AXES = ("presence", "temporality", "modality", "experiencer")
+_PLAIN = {"presence": "present", "temporality": "current", "modality": "actual", "experiencer": "patient"}
+_STRENGTH = {"absent": 2, "uncertain": 1}
+_DEFAULTS = {"family_history": ("experiencer", "family"), "past_medical_history": ("temporality", "historical")}
+
+_ANSWER = re.compile(
+    r"[ \t]*[:=\-–—|?\t]+[ \t]*(?:(?P<absent>no(?:ne)?|neg(?:ative)?|denie[sd]|absent|nil|not present|n|0|never|nope)"
+    r"|(?P<present>yes|pos(?:itive)?|present|y|\+|x)|(?P<uncertain>possible|possibly|unsure|unknown|unclear|maybe|\?))"
+    r"[ \t]*(?=[)\].,;|\n\t]|$)"
+    r"|[ \t]*\((?:(?P<minus>-|–|neg|negative|absent|no|none|denied|denies)|(?P<plus>\+|pos|positive|present|yes)"
+    r"|(?P<query>\?|possible|probable|suspected))\)",
+    re.IGNORECASE,
+)
+_BOX = re.compile(
+    r"(?:(?P<minus>\((?:-|–)\)|\[(?:-| |)\]|(?<!\w)-ve|⊖)|(?P<plus>\(\+\)|\[[xX+✓]\]|(?<!\w)\+ve|(?<![\w+])\+)"
+    r"|(?P<query>\(\?\)|\[\?\]))[ \t]*$"
+)
+_BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)])[ \t]*\w")
+
+
+class _Rule(NamedTuple):
+    kind: str  # cue, pseudo or end
+    axis: str  # empty: all axes (of an end)
+    value: str
+    direction: str
+    scope: int
+
+
+class _Cue(NamedTuple):
+    """A rule found at [first, last) of the tokens and [start, end) of the text."""
+
+    rule: _Rule
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+@lru_cache(maxsize=1)
+def _trie() -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    with (Path(__file__).parent / "cues.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            node = root
+            for word in _TOKEN.findall(row["phrase"].lower()):
+                node = node.setdefault(word, {})
+            rule = _Rule(row["kind"], row["axis"], row["value"], row["direction"], int(row["scope"]))
+            node.setdefault("", []).append(rule)
+    return root
+
+
+def assert_spans(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    *,
+    sections: Sequence[Section] | None = None,
+    sentences: Sequence[tuple[int, int]] | None = None,
+) -> list[Assertion]:
+    """Say for each span what the note asserts about it.
+
+    Parameters
+    ----------
+    text : the note, unchanged.
+    spans : (start, end) in code points of `text`, in any order; they may overlap.
+    sections, sentences : as `find_sections` and `find_sentences` give them; found here where absent.
+
+    Returns
+    -------
+    list of Assertion, one a span, in the order given. `cues` holds (axis value, start, end) of the phrases that
+        decided; a section default is given with the place of the section's header.
+
+    Raises
+    ------
+    ValueError : a span is empty or outside the text.
+    """
+    for start, end in spans:
+        if not 0 <= start < end <= len(text):
+            msg = f"span ({start}, {end}) is empty or outside the text of length {len(text)}"
+            raise ValueError(msg)
+    if not spans:
+        return []
+    sections = find_sections(text) if sections is None else sections
+    sentences = find_sentences(text) if sentences is None else sentences
+    section_starts = [section.start for section in sections]
+    sentence_starts = [sentence[0] for sentence in sentences]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, (start, _) in enumerate(spans):
+        place = (bisect_right(section_starts, start) - 1, max(0, bisect_right(sentence_starts, start) - 1))
+        groups.setdefault(place, []).append(number)
+    results: list[Assertion | None] = [None] * len(spans)
+    for (section_at, sentence_at), members in groups.items():
+        section = sections[section_at]
+        begin, stop = sentences[sentence_at] if sentences else (0, len(text))
+        inside = [spans[number] for number in members]
+        begin = min(max(begin, section.start), min(s for s, _ in inside))
+        stop = max(min(stop, section.end), max(e for _, e in inside))
+        cues = _cues(text, begin, stop, inside)
+        carried: list[_Cue] | None = None
+        for number in members:
+            span = spans[number]
+            chosen = _decide(text, begin, stop, span, cues)
+            if len(chosen) < len(_AXES) and _BULLET.match(text, begin):
+                if carried is None:
+                    carried = _lead(text, sentences, sentence_at, section)
+                for cue in carried:
+                    if cue.rule.axis not in chosen:
+                        chosen[cue.rule.axis] = (cue.rule.value, cue.start, cue.end)
+            results[number] = _assertion(chosen, section)
+    return [result for result in results if result is not None]
+
+
+def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section) -> Assertion:
+    default = _DEFAULTS.get(section.category)
+    if default is not None and default[0] not in chosen:
+        chosen[default[0]] = (default[1], section.header_start, section.header_end)
+    values = {axis: chosen[axis][0] for axis in chosen}
+    cues = tuple(sorted((c for a, c in chosen.items() if c[0] != _PLAIN[a]), key=lambda c: (c[1], c[0])))
+    return Assertion(**values, cues=cues)
+
+
+def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> list[_Cue]:
+    """Return the cues of one sentence in order, pseudo cues and cues inside a span taken out."""
+    words: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for token in _TOKEN.finditer(text, begin, stop):
+        words.append(token.group().lower().replace("’", "'"))
+        starts.append(token.start())
+        ends.append(token.end())
+    root = _trie()
+    found: list[_Cue] = []
+    count = len(words)
+    reached = hidden_until = 0
+    for at in range(count):
+        node = root.get(words[at])
+        if node is None or at < hidden_until:
+            continue
+        best: list[_Rule] | None = node.get("")
+        last = look = at + 1
+        while look < count:
+            node = node.get(words[look])
+            if node is None:
+                break
+            look += 1
+            if "" in node:
+                best, last = node[""], look
+        if best is None or last <= reached:
+            continue
+        reached = last  # `is negative` and `negative for` may overlap; what lies inside a longer cue may not
+        start, end = starts[at], ends[last - 1]
+        if best[0].kind == "pseudo":
+            hidden_until = last
+        inside = any(s <= start and end <= e for s, e in spans)
+        if not inside or (words[at] in ("no", "denies", "without") and any(s == start and end < e for s, e in spans)):
+            found += [_Cue(rule, at, last, start, end) for rule in best if rule.kind != "pseudo"]
+    return found
+
+
+def _decide(
+    text: str, begin: int, stop: int, span: tuple[int, int], cues: list[_Cue]
+) -> dict[str, tuple[str, int, int]]:
+    """Return (value, cue start, cue end) by axis for one span, axes without a cue left out."""
+    start, end = span
+    chosen: dict[str, tuple[str, int, int]] = {}
+    skip = -1
+    answer = _ANSWER.match(text, end, stop)
+    box = _BOX.search(text, max(begin, start - 6), start)
+    for found in (answer, box):
+        if found is not None and found.lastgroup and "presence" not in chosen:
+            group = found.lastgroup
+            value = {"minus": "absent", "plus": "present", "query": "uncertain"}.get(group, group)
+            chosen["presence"] = (value, found.start(group), found.end(group))
+            skip = found.start(group)
+    before: dict[str, _Cue] = {}
+    after: dict[str, _Cue] = {}
+    closed: set[str] = set()
+    # Forward cues: walk left from the span; the nearest in force wins, an end closes its axis.
+    for cue in reversed(cues):
+        rule = cue.rule
+        if cue.start == skip:
+            continue
+        if cue.end > start and not (cue.start == start and cue.end < end and rule.direction == "forward"):
+            continue
+        if rule.kind == "end":
+            closed.update((rule.axis,) if rule.axis else _AXES if cue.end - cue.start > 1 else ("presence", "modality"))
+        elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in before:
+            if rule.direction == "forward":
+                if _reaches(text, cue.end, start, rule.scope, rule.axis):
+                    before[rule.axis] = cue
+            else:
+                closed.add(rule.axis)
+    closed = set()
+    for cue in cues:
+        rule = cue.rule
+        if cue.start < end or cue.start == skip:
+            continue
+        if rule.kind == "end":
+            closed.update((rule.axis,) if rule.axis else _AXES)
+        elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in after:
+            if rule.direction == "backward":
+                if _reaches(text, end, cue.start, rule.scope, ""):
+                    after[rule.axis] = cue
+            elif rule.value != _PLAIN[rule.axis]:
+                closed.add(rule.axis)
+    for axis in _AXES:
+        if axis in chosen:
+            continue
+        forward, backward = before.get(axis), after.get(axis)
+        winner = forward or backward
+        if forward is not None and backward is not None:
+            winner = _stronger(forward, backward, start, end)
+        if winner is not None:
+            chosen[axis] = (winner.rule.value, winner.start, winner.end)
+    return chosen
+
+
+def _stronger(forward: _Cue, backward: _Cue, start: int, end: int) -> _Cue:
+    """`no fever is present` is absent, `no fever, cough present` says cough is there."""
+    if backward.rule.value == "present" and backward.start - end < start - forward.end:
+        return backward
+    gain = _STRENGTH.get(backward.rule.value, 0) - _STRENGTH.get(forward.rule.value, 0)
+    return backward if gain > 0 else forward
+
+
+def _reaches(text: str, start: int, end: int, scope: int, axis: str) -> bool:
+    """Whether the words between cue and span are few enough, and no heading stands between them."""
+    between = text[start:end]
+    if axis in ("presence", "modality", "temporality"):
+        colon = between.find(":")
+        if colon >= 0 and between[:colon].strip(" \t*"):
+            return False
+    return len(between) < 12 * scope and between.count(" ") <= scope
+
+
+def _lead(text: str, sentences: Sequence[tuple[int, int]], at: int, section: Section) -> list[_Cue]:
+    """Cues of the line that opens a bulleted list: `Denies:` or `Return if:` above it."""
+    for index in range(at - 1, max(-1, at - 40), -1):
+        start, end = sentences[index]
+        gap = text[end : sentences[index + 1][0]]
+        if start < section.start or gap.count("\n") > 2:
+            return []
+        if text[end - 1] == ":":
+            cues = _cues(text, start, end, [])
+            kept: dict[str, _Cue] = {}
+            for cue in cues:
+                if cue.rule.kind == "end":
+                    kept.pop(cue.rule.axis, None)
+                elif cue.rule.kind == "cue" and cue.rule.direction == "forward":
+                    kept[cue.rule.axis] = cue
+            return list(kept.values())
+        if not _BULLET.match(text, start):
+            return []
+    return []

@@ -1,0 +1,113 @@
+"""From a note to its mentions: sections, sentences, dictionary, an NER model's spans, assertion."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from clinical_nlp.language.assertion import assert_spans
+from clinical_nlp.language.sections import find_sections
+from clinical_nlp.language.sentences import find_sentences
+from clinical_nlp.language.terminology import Match, Matcher, load_terminology
+from clinical_nlp.notes.schema import Assertion
+
+PHENOTYPE = "phenotype"
+"""The label of a mention that the dictionary alone found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A concept or entity at [start, end) of a note. `section` is None where the note has no header before it.
+
+    `lane` says who found it: dictionary, model, or both; `concept_id` is None where only the model did.
+    """
+
+    start: int
+    end: int
+    text: str
+    concept_id: str | None
+    label: str
+    assertion: Assertion
+    section: str | None
+    score: float
+    lane: str
+
+
+@lru_cache(maxsize=4)
+def _matcher(name: str) -> Matcher:
+    return Matcher(load_terminology(name))
+
+
+class Annotator:
+    """Finds what a note mentions and what it says about it. Pickles as the name of its terminology.
+
+    Parameters
+    ----------
+    terminology : `hpo`, `icd10cm`, or a path to an .obo, .json or .csv file.
+    """
+
+    def __init__(self, terminology: str | Path = "hpo") -> None:
+        self._name = str(terminology)
+        self._matcher = _matcher(self._name)
+        self.terminology = self._matcher.terminology
+
+    def __reduce__(self) -> tuple[type[Annotator], tuple[str]]:
+        return type(self), (self._name,)
+
+    def match(self, text: str) -> list[Match]:
+        """Return the dictionary's matches alone."""
+        return self._matcher.match(text)
+
+    def annotate(self, text: str, extra_spans: Sequence[tuple[int, int, str, float]] = ()) -> list[Mention]:
+        """Return the mentions of `text`, sorted by place.
+
+        Parameters
+        ----------
+        text : the note, unchanged.
+        extra_spans : (start, end, label, score) from an NER model. One that equals a dictionary match becomes one
+            mention of both lanes, with the model's label and the higher score; another is linked to a concept only
+            when its text as a whole is a name of one.
+        """
+        found = merge_spans(text, self._matcher.match(text), extra_spans, self._matcher)
+        if not found:
+            return []
+        sections = find_sections(text)
+        starts = [section.start for section in sections]
+        asserted = assert_spans(text, [(f[0], f[1]) for f in found], sections=sections, sentences=find_sentences(text))
+        mentions = []
+        for (start, end, concept_id, label, score, lane), assertion in zip(found, asserted, strict=True):
+            section = sections[bisect_right(starts, start) - 1]
+            category = section.category if section.named else None
+            mentions.append(Mention(start, end, text[start:end], concept_id, label, assertion, category, score, lane))
+        return mentions
+
+
+def merge_spans(
+    text: str,
+    matches: Sequence[Match],
+    extra_spans: Sequence[tuple[int, int, str, float]],
+    matcher: Matcher,
+) -> list[tuple[int, int, str | None, str, float, str]]:
+    """Join the two lanes into sorted (start, end, concept id, label, score, lane); equal input is listed once."""
+    found: dict[tuple[int, int, str | None], tuple[str, float, str]] = {}
+    for match in matches:
+        found[match.start, match.end, match.concept_id] = (PHENOTYPE, match.score, "dictionary")
+    for start, end, label, score in sorted(extra_spans):
+        while start < end and text[start].isspace():
+            start += 1
+        while end > start and text[end - 1].isspace():
+            end -= 1
+        if not 0 <= start < end <= len(text):
+            continue
+        same = [key for key in found if key[:2] == (start, end) and key[2] is not None]
+        for key in same:
+            found[key] = (label, max(score, found[key][1]), "both")
+        if not same:
+            concept_id = matcher.exact(text[start:end])
+            previous = found.get((start, end, concept_id))
+            if previous is None or previous[1] < score:
+                found[start, end, concept_id] = (label, score, "both" if concept_id else "model")
+    return [(*key, *found[key]) for key in sorted(found, key=lambda k: (k[0], -k[1], k[2] or ""))]

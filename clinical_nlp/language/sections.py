@@ -1,0 +1,158 @@
+"""Sections of a note: a contiguous cover of the text, each with its header and a category.
+
+Known headers and their categories are in `sections.csv`. A header stands at the start of a line, alone or before a
+colon or dash, plain, in capitals, numbered, or marked up as markdown; a known header in capitals with a colon also
+counts inside a line, as in transcriptions that lost their line breaks.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+CATEGORIES = (
+    "chief_complaint",
+    "history_of_present_illness",
+    "past_medical_history",
+    "family_history",
+    "social_history",
+    "medications",
+    "allergies",
+    "review_of_systems",
+    "physical_exam",
+    "laboratory",
+    "imaging",
+    "findings",
+    "impression",
+    "assessment_plan",
+    "hospital_course",
+    "procedures",
+    "discharge_instructions",
+    "other",
+)
+
+_INHERIT = "inherit"  # sub-headings that stay inside the section they stand in
+_LINE = re.compile(
+    r"^[ \t]*(?:[#>=*_~\-•]+[ \t]*)?(?:(?:\d{1,2}|[IVX]{1,4}|[A-Z])[.)][ \t]+)?[*_]*"
+    r"(?P<name>[A-Za-z][A-Za-z0-9&/,.'’() \t\-]{1,70}?)[ \t]*[*_=]*[ \t]*"
+    r"(?:(?P<mark>:[*_]*|[ \t][-–—](?=[ \t])|[-–—](?=[ \t]*$))|#*[ \t]*$)",
+    re.MULTILINE,
+)
+_INLINE = re.compile(r"(?<=[.,;:)\]?!\"'] )(?P<name>[A-Z][A-Z0-9&/'() \-]{2,60}?)[ \t]*:|"
+                     r"(?<=[.,;]),?(?P<tight>[A-Z][A-Z&/'() \-]{3,60}?)[ \t]*:")  # fmt: skip
+_SPACES = re.compile(r"[^a-z0-9&/]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """[start, end) of the whole section and [header_start, header_end) of its header, empty where it has none."""
+
+    start: int
+    end: int
+    header_start: int
+    header_end: int
+    category: str
+
+    @property
+    def named(self) -> bool:
+        """Whether the section has a header."""
+        return self.header_end > self.header_start
+
+
+@lru_cache(maxsize=1)
+def _headers() -> dict[str, str]:
+    with (Path(__file__).parent / "sections.csv").open(encoding="utf-8", newline="") as file:
+        table = {_key(row["header"]): row["category"] for row in csv.DictReader(file)}
+    unknown = sorted(set(table.values()) - {*CATEGORIES, _INHERIT})
+    if unknown:
+        msg = f"sections.csv names unknown categories: {', '.join(unknown)}"
+        raise ValueError(msg)
+    return table
+
+
+def _key(name: str) -> str:
+    return " ".join(_SPACES.sub(" ", name.lower().replace("'s", "s").replace("’s", "s")).split())
+
+
+@lru_cache(maxsize=50_000)
+def _category(name: str) -> str | None:
+    """Return the category of a known header; `ASSESSMENT AND PLAN (continued)` counts without its bracket."""
+    table = _headers()
+    key = _key(name)
+    if key in table:
+        return table[key]
+    if "(" in name:
+        key = _key(re.sub(r"\([^)]*\)?", " ", name))
+    return table.get(key) or table.get(key.removeprefix("the ")) or table.get(key.removesuffix("s"))
+
+
+def find_sections(text: str) -> list[Section]:
+    """Divide `text` into sections.
+
+    Returns
+    -------
+    list of Section, sorted; the first starts at 0, each starts where the one before ends, the last ends at len(text).
+        Text before the first header is a section without a header. Empty text has no section.
+    """
+    if not text:
+        return []
+    heads: list[tuple[int, int, int, str]] = []  # section start, header start, header end, category
+    for found in _LINE.finditer(text):
+        category = _line_category(found, text)
+        if category is not None:
+            start = found.start() + (len(found[0]) - len(found[0].lstrip()))
+            heads.append((start, found.start("name"), found.end("name"), category))
+    lines = {head[1] for head in heads}
+    for found in _INLINE.finditer(text):
+        group = "name" if found["name"] else "tight"
+        category = _category(found[group])
+        if category and category != _INHERIT and found.start(group) not in lines:
+            heads.append((found.start(group), found.start(group), found.end(group), category))
+    heads.sort()
+    sections: list[Section] = []
+    previous = (0, 0, 0, "other")
+    for head in heads:
+        if head[3] == _INHERIT or head[1] < previous[2]:
+            continue
+        if head[0] > previous[0]:
+            sections.append(Section(previous[0], head[0], *previous[1:]))
+        previous = head
+    sections.append(Section(previous[0], len(text), *previous[1:]))
+    first = sections[0]
+    if first.start > 0:
+        sections.insert(0, Section(0, first.start, 0, 0, "other"))
+    return sections
+
+
+def _line_category(found: re.Match[str], text: str) -> str | None:
+    name, mark = found["name"].strip(), found["mark"]
+    category = _category(name)
+    words = name.split()
+    alone = not mark or not text[found.end() : text.find("\n", found.end()) % (len(text) + 1)].strip()
+    if category is not None:
+        if mark and mark[0] == ":":
+            return category
+        # Without a colon it must look like a heading: alone on its line and not a lower-case word of prose.
+        if alone and (name[0].isupper() or text[found.start() : found.start("name")].strip()):
+            return category
+        return category if mark and name.isupper() else None
+    capitals = name.isupper() and len(name) > 3
+    if not 1 <= len(words) <= 6 or name[-1] in ".,":
+        return None
+    if mark and mark[0] == ":":
+        if capitals and (alone or len(words) > 1):
+            return "other"
+        if alone and len(words) > 1 and all(w[0].isupper() or w.lower() in _SMALL for w in words if w[0].isalpha()):
+            return "other"
+        return None
+    before = text[max(0, found.start() - 2) : found.start()]
+    marked = "#" in found[0][: found.start("name") - found.start()] or "**" in found[0]
+    if alone and (marked or (capitals and len(words) > 1 and before in ("", "\n", "\n\n") and before != "\n")):
+        return "other"
+    return None
+
+
+_SMALL = frozenset({"of", "and", "the", "for", "to", "in", "on", "with", "or", "at"})

@@ -1,0 +1,137 @@
+"""Sentences of messy clinical text: wrapped lines, bullets, tables, missing punctuation, abbreviations."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+
+def _abbreviations(ends: str) -> frozenset[str]:
+    with (Path(__file__).parent / "abbreviations.csv").open(encoding="utf-8", newline="") as file:
+        return frozenset(row["form"] for row in csv.DictReader(file) if row["ends_sentence"] == ends)
+
+
+_ABBREVIATIONS = _abbreviations("maybe")
+_TITLES = _abbreviations("no")
+_STOP = re.compile(r"[.!?]+[\"'”’)\]]*(?=,?\s|,[A-Z0-9]|$)|;(?=\s)|(?<=[a-z]{3})\.(?=[A-Z][a-z]+\s)")
+_BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
+_HEADER = re.compile(r"[ \t]*[A-Z][A-Za-z0-9/&() \-]{0,45}:")
+_JOINERS = frozenset(
+    ("and", "or", "of", "with", "without", "the", "a", "an", "in", "on", "to", "for", "from", "by", "no", "not", "nor")
+    + ("but", "is", "are", "was", "were", "has", "have", "had", "at", "her", "his", "their", "which", "that", "due")
+    + ("as", "than")
+)
+"""Words that no line of a list ends with."""
+
+
+def find_sentences(text: str) -> list[tuple[int, int]]:
+    """Divide `text` into sentences.
+
+    Returns
+    -------
+    list of (start, end), sorted, disjoint, never empty, without outer white space. Every other character is in one.
+    """
+    spans: list[tuple[int, int]] = []
+    for start, end in _units(text):
+        _split_unit(text, start, end, spans)
+    return spans
+
+
+def _units(text: str) -> list[tuple[int, int]]:
+    """Join wrapped lines; what comes back holds no line break that ends a sentence."""
+    units: list[tuple[int, int]] = []
+    lines = []
+    position = 0
+    for line in text.split("\n"):
+        lines.append((position, position + len(line)))
+        position += len(line) + 1
+    block: list[tuple[int, int]] = []
+    for start, end in lines:
+        if text[start:end].strip():
+            block.append((start, end))
+        else:
+            _join_block(text, block, units)
+            block = []
+    _join_block(text, block, units)
+    return units
+
+
+def _join_block(text: str, block: list[tuple[int, int]], units: list[tuple[int, int]]) -> None:
+    if not block:
+        return
+    widths = [len(text[s:e].rstrip()) for s, e in block]
+    width = max(widths)
+    start, end = block[0]
+    for k in range(1, len(block)):
+        next_start, next_end = block[k]
+        if _wrapped(text, block[k - 1], block[k], widths[k - 1], width):
+            end = next_end
+        else:
+            units.append((start, end))
+            start, end = next_start, next_end
+    units.append((start, end))
+
+
+def _wrapped(text: str, line: tuple[int, int], following: tuple[int, int], size: int, width: int) -> bool:
+    """Whether the line break between two lines is only layout."""
+    upper = text[line[0] : line[1]].rstrip()
+    lower = text[following[0] : following[1]]
+    if _BULLET.match(lower) or _HEADER.match(lower) or upper[-1] in ".!?:;|" or "\t" in lower.strip() or "|" in lower:
+        return False
+    first = lower.lstrip()
+    word = first.split(None, 1)[0]
+    last = upper.rsplit(None, 1)[-1]
+    if last[-1] in ",-/(&+" or last.lower() in _JOINERS:
+        return True
+    # A writer's or printer's wrap: the next word would not have fitted.
+    full = 40 <= width <= 140 and size + 1 + len(word) >= width - 1
+    if first[0].islower() or first[0] in ",;)":
+        return full or size >= 25
+    return full
+
+
+def _split_unit(text: str, start: int, end: int, spans: list[tuple[int, int]]) -> None:
+    cursor = start
+    for found in _STOP.finditer(text, start, end):
+        stop = found.end()
+        if stop < end and text[stop] == ",":
+            stop += 1
+        if stop >= end:
+            break
+        if found[0][0] == "." and not _ends(text, cursor, found.start(), stop, end):
+            continue
+        _append(text, cursor, stop, spans)
+        cursor = stop
+    _append(text, cursor, end, spans)
+
+
+def _ends(text: str, cursor: int, dot: int, stop: int, end: int) -> bool:
+    """Whether the full stop at `dot` ends a sentence, and not an abbreviation, an initial or an item number."""
+    begin = dot
+    while begin > cursor and not text[begin - 1].isspace():
+        begin -= 1
+    word = text[begin:dot].strip("(\"'[").lower()
+    rest = text[stop:end].lstrip(" \t\n,")
+    if not rest:
+        return False
+    if word.isdigit() and not text[cursor:begin].strip():
+        return False  # `1. Aspirin`
+    if len(word) == 1 and word.isalpha() and text[begin:dot].strip("(\"'[").isupper():
+        return False  # an initial, `E. coli`
+    if word in _TITLES:
+        return False
+    if word in _ABBREVIATIONS or ("." in word and len(word) <= 6):
+        return rest[0].isupper() and len(rest) > 1 and (rest[1].islower() or rest[1].isspace())
+    if rest[0].islower():
+        return len(word) >= 4 or word.isdigit()
+    return True
+
+
+def _append(text: str, start: int, end: int, spans: list[tuple[int, int]]) -> None:
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    if end > start:
+        spans.append((start, end))
