@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from clinical_nlp.errors import InputError, MissingDataError
 from clinical_nlp.notes.corpus import Card
+from clinical_nlp.notes.schema import Note, Record, Skipped, notes_table
 from clinical_nlp.progress import say
 
 _LONGEST_FIELD = 2**27
+_BATCH = 4096
+_REASONS = 8
 
 
 def find(root: Path, *patterns: str) -> Path | None:
@@ -39,8 +45,15 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file} is not UTF-8; get a fresh copy, or convert it") from None
 
 
-def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_rows(
+    file: Path, columns: Sequence[str], *, left_out: Counter[str] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line on which the row ends, row) of a CSV file with a header, plain or gzip.
+
+    Parameters
+    ----------
+    columns : that must be there.
+    left_out : counts rows with a wrong number of fields; without it, such a row is an error.
 
     Raises
     ------
@@ -61,6 +74,9 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
                 if not fields:
                     continue
                 if len(fields) != len(header):
+                    if left_out is not None:
+                        left_out[f"rejected ({file.name}: wrong number of fields)"] += 1
+                        continue
                     raise InputError(f"{where}: {len(fields)} fields under {len(header)} columns; get a fresh copy")
                 yield reader.line_num, dict(zip(header, fields, strict=True))
     except UnicodeDecodeError:
@@ -69,6 +85,34 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
         raise InputError(f"{where}: not valid CSV from here on; get a fresh copy") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise InputError(f"{where}: the gzip archive is damaged from here on; get a fresh copy") from None
+
+
+def collect(records: Iterable[Record]) -> tuple[pa.Table, Counter[str]]:
+    """Return the notes of a reader as one table, and how many records were left out for which reason."""
+    tables: list[pa.Table] = []
+    batch: list[Note] = []
+    left_out: Counter[str] = Counter()
+    for record in records:
+        if isinstance(record, Note):
+            batch.append(record)
+        else:
+            left_out[f"skipped ({record.rule})" if isinstance(record, Skipped) else f"rejected ({record.reason})"] += 1
+        if len(batch) == _BATCH:
+            tables.append(notes_table(batch))
+            batch = []
+    tables.append(notes_table(batch))
+    return pa.concat_tables(tables), left_out
+
+
+def listed(left_out: Counter[str]) -> str:
+    """Return `; left out: 3 skipped (language:de), ...`, or nothing."""
+    if not left_out:
+        return ""
+    common = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {reason}" for reason, count in common[:_REASONS]]
+    if rest := sum(count for _, count in common[_REASONS:]):
+        shown.append(f"{rest} for other reasons")
+    return "; left out: " + ", ".join(shown)
 
 
 def _open(file: Path):  # type: ignore[no-untyped-def]

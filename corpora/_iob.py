@@ -17,7 +17,7 @@ BLOCK = 20
 
 PATIENT_MEANS = (
     "an abstract has no patient. The files mark no documents, so a note is a sentence and the unit of splits and "
-    f"intervals is a block of {BLOCK} consecutive sentences, about two abstracts (Kuensch 1989 for the block bootstrap); "
+    f"intervals is a block of {BLOCK} consecutive sentences, about two abstracts (block bootstrap, Kuensch 1989); "
     "a random split may divide the abstract at the edge of a block, the official parts divide none. In a copy with "
     "-DOCSTART- lines the note and the unit are the abstract"
 )

@@ -54,6 +54,10 @@ def load(path: Path | None = None) -> Corpus:
     repeated = 0
     for part, folder in _FOLDERS:
         files = sorted((root / folder / "text_files_en").glob("*.txt"))
+        if not files and any((root / folder / f"{folder}{letter}.tsv").is_file() for letter in "DP"):
+            raise MissingDataError(
+                f"corpus {CARD.name!r}: {root / folder} has code tables and no text_files_en; {CARD.obtain}"
+            )
         journals: dict[str, str] = {}
         for file in files:
             match = _DOCUMENT.fullmatch(file.stem)
