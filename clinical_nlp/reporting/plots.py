@@ -1,0 +1,184 @@
+"""Small SVG plots for pages: no library, no script, colours from the page's own style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+_WIDTH = 720.0
+_LABEL = 210.0
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number for reading: `digits` significant ones, thousands with a thin space, a dash where undefined."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    places = max(0, digits - 1 - size)
+    return f"{value:,.{places}f}".replace(",", "\u202f").replace("-", "−")
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    step = 10 ** math.floor(math.log10((high - low) / about))
+    step *= min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (step * factor) - about))
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg">' + "".join(parts) + "</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: str) -> str:
+    """Show how far each measurement lies outside what chance gives.
+
+    Parameters
+    ----------
+    rows : (label, distance from the mean of the null in its standard deviations, words at the right end).
+    title : read out in place of the picture.
+    x_label : under the axis.
+    """
+    values = [value for _, value, _ in rows if math.isfinite(value)]
+    low, high = min([-3.0, *(value - 0.5 for value in values)]), max([4.0, *(value * 1.05 for value in values)])
+    left, right, step, top = _LABEL, _WIDTH - 120, 34.0, 10.0
+    bottom = top + step * len(rows)
+
+    def at(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    parts = [
+        f'<rect x="{at(-2):.1f}" y="{top:.1f}" width="{at(2) - at(-2):.1f}" height="{bottom - top:.1f}" class="band"/>',
+        _line(at(0), top, at(0), bottom, "zero"),
+    ]
+    for tick in _ticks(low, high, 6):
+        parts += [_line(at(tick), bottom, at(tick), bottom + 5, "axis")]
+        parts += [_text(at(tick), bottom + 19, number(tick), "tick", "middle")]
+    parts += [
+        _line(left, bottom, right, bottom, "axis"),
+        _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
+    ]
+    for index, (label, value, words) in enumerate(rows):
+        y = top + step * (index + 0.5)
+        parts.append(_text(left - 12, y + 4, label, "", "end"))
+        if math.isfinite(value):
+            parts += [
+                _line(at(0), y, at(value), y, "stem"),
+                f'<circle cx="{at(value):.1f}" cy="{y:.1f}" r="5" class="dot"/>',
+            ]
+        parts.append(_text(right + 12, y + 4, words, "tick"))
+    return _svg(_WIDTH, bottom + 46, title, parts)
+
+
+def interval_plot(
+    rows: Sequence[tuple[str, float, float, float]], *, title: str, x_label: str, reference: float | None = None
+) -> str:
+    """Show estimates with their intervals; an interval of NaN is left out and the point drawn hollow.
+
+    Parameters
+    ----------
+    rows : (label, value, low, high).
+    title : read out in place of the picture.
+    x_label : under the axis.
+    reference : a value to mark, such as chance.
+    """
+    shown = [x for _, *numbers in rows for x in numbers if math.isfinite(x)]
+    shown += [] if reference is None else [reference]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    margin = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
+    low, high = low - margin, high + margin
+    left, right, step, top = _LABEL, _WIDTH - 70, 30.0, 8.0
+    bottom = top + step * len(rows)
+
+    def at(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    parts = [] if reference is None else [_line(at(reference), top, at(reference), bottom, "zero")]
+    for tick in _ticks(low, high, 6):
+        parts += [_line(at(tick), bottom, at(tick), bottom + 5, "axis")]
+        parts += [_text(at(tick), bottom + 19, number(tick), "tick", "middle")]
+    parts += [
+        _line(left, bottom, right, bottom, "axis"),
+        _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
+    ]
+    for index, (label, value, below, above) in enumerate(rows):
+        y = top + step * (index + 0.5)
+        parts.append(_text(left - 12, y + 4, label, "", "end"))
+        if not math.isfinite(value):
+            parts.append(_text(at(low) + 6, y + 4, "undefined", "tick"))
+            continue
+        known = math.isfinite(below) and math.isfinite(above)
+        if known:
+            parts.append(_line(at(below), y, at(above), y, "whisker"))
+        parts.append(f'<circle cx="{at(value):.1f}" cy="{y:.1f}" r="4.5" class="{"dot" if known else "hollow"}"/>')
+        parts.append(_text(right + 12, y + 4, number(value), "tick"))
+    return _svg(_WIDTH, bottom + 46, title, parts)
+
+
+def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x_label: str, y_label: str) -> str:
+    """Draw one line a series; values that are not finite are left out.
+
+    Parameters
+    ----------
+    series : name -> (x, y) points in order of x; at most four are told apart by colour.
+    title : read out in place of the picture.
+    x_label, y_label : of the axes.
+    """
+    lines = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return ""
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    spread = (max(ys) - min(ys)) or abs(max(ys)) or 1.0
+    y_low, y_high = min(ys) - 0.05 * spread, max(ys) + 0.05 * spread
+    left, right, top, bottom = 64.0, _WIDTH - 12, 30.0, 262.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (right - left) * (x - x_low) / (x_high - x_low),
+            bottom - (bottom - top) * (y - y_low) / (y_high - y_low),
+        )
+
+    parts = []
+    for tick in _ticks(y_low, y_high):
+        y = place(x_low, tick)[1]
+        parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, number(tick), "tick", "end")]
+    for tick in _ticks(x_low, x_high, 7):
+        parts.append(_text(place(tick, y_low)[0], bottom + 18, number(tick), "tick", "middle"))
+    parts += [
+        _line(left, bottom, right, bottom, "axis"),
+        _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
+    ]
+    parts.append(_text(4, 16, y_label, "tick"))
+    legend = right
+    for index, (name, points) in reversed(list(enumerate(lines.items()))):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        if len(points) == 1:
+            x, y = place(*points[0])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="dot"/>')
+        parts.append(f'<polyline points="{path}" class="line s{index % 4}"/>')
+        if len(lines) > 1:
+            legend -= 7.2 * len(name) + 34
+            parts += [_line(legend, 12, legend + 20, 12, f"line s{index % 4}"), _text(legend + 26, 16, name, "tick")]
+    return _svg(_WIDTH, bottom + 46, title, parts)
