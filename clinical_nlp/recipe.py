@@ -1,8 +1,8 @@
 """Recipes and suites by name: where they are looked for, how one is run from Python, listed and copied.
 
-A recipe is a module with `CONFIG`, its config class, and `run(config, output, *, resume=False) -> Run`. It is looked for
-as a path to a `.py` file, then in the folder `recipes` (`eval` for a suite) of the working directory, then among those
-that ship with the package.
+A recipe is a module with `CONFIG`, its config class, and `run(config, output, *, resume=False) -> Run`. It is looked
+for as a path to a `.py` file, then in the folder `recipes` (`eval` for a suite) of the working directory, then among
+those that ship with the package.
 """
 
 from __future__ import annotations
@@ -98,23 +98,16 @@ def run(recipe: str | os.PathLike[str], *, output: str | os.PathLike[str], resum
     ConfigError : a key is not known (the message names the nearest) or a value does not fit.
     RunError : the output holds something else.
     """
-    return execute(find_recipe(os.fspath(recipe)), overrides=config, output=Path(output), resume=resume)
+    found = find_recipe(os.fspath(recipe))
+    return execute(found, found.config(None, config), output=Path(output), resume=resume)
 
 
-def execute(
-    recipe: Recipe,
-    *,
-    output: Path,
-    file: Path | None = None,
-    overrides: dict[str, Any] | None = None,
-    resume: bool = False,
-) -> Run:
+def execute(recipe: Recipe, config: Config, *, output: Path, resume: bool = False) -> Run:
     """Run a recipe or suite that was found; a finished run with the same config is returned when it is resumed."""
     from clinical_nlp.config import to_yaml
     from clinical_nlp.progress import say
     from clinical_nlp.runs import Run
 
-    config = recipe.config(file, overrides)
     if resume and (output / "manifest.json").is_file():
         finished = Run.load(output)
         if (output / "config.yaml").read_bytes() == to_yaml(config).encode("utf-8"):
@@ -144,7 +137,7 @@ def find_recipe(name: str, shelf: Shelf = "recipes") -> Recipe:
 
 
 def list_recipes(shelf: Shelf = "recipes") -> list[Recipe]:
-    """Return every recipe (or suite) that a bare name finds, by name; one in the working directory hides a packaged one."""
+    """Return every recipe (or suite) that a bare name finds; one in the working directory hides a packaged one."""
     found: dict[str, Recipe] = {}
     for folder in (_packaged(shelf), Path(shelf)):
         for path in sorted(folder.glob("*.py")) if folder.is_dir() else []:
