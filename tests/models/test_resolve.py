@@ -1,0 +1,65 @@
+"""What a base model name may stand for, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clinical_nlp.errors import MissingDataError, ModelError, RunError
+from clinical_nlp.models.resolve import resolve_model
+
+
+def model_folder(folder, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_a_hub_id_is_never_asked_for_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingDataError, match="offline"):
+        resolve_model("someone/some-model")
+
+
+def test_a_hub_id_that_is_already_in_the_cache_is_found_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    root = tmp_path / "models--someone--some-model"
+    folder = model_folder(root / "snapshots" / "abc")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    assert resolve_model("someone/some-model").folder == str(folder)
+
+
+def test_a_folder_that_brings_code_is_refused(tmp_path):
+    folder = model_folder(tmp_path / "m", auto_map={"AutoModel": "modeling.Custom"})
+    with pytest.raises(ModelError, match="auto_map"):
+        resolve_model(str(folder))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        resolve_model(str(folder))
+
+
+def test_a_half_written_run_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(RunError, match="half-written"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_damaged_config_is_one_clear_line(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="damaged"):
+        resolve_model(str(folder))
+
+
+def test_unknown_builtin_names_the_nearest():
+    with pytest.raises(MissingDataError, match="builtin:tiny"):
+        resolve_model("builtin:tyni")
