@@ -45,15 +45,8 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file} is not UTF-8; get a fresh copy, or convert it") from None
 
 
-def read_rows(
-    file: Path, columns: Sequence[str], *, left_out: Counter[str] | None = None
-) -> Iterator[tuple[int, dict[str, str]]]:
+def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line on which the row ends, row) of a CSV file with a header, plain or gzip.
-
-    Parameters
-    ----------
-    columns : that must be there.
-    left_out : counts rows with a wrong number of fields; without it, such a row is an error.
 
     Raises
     ------
@@ -74,9 +67,6 @@ def read_rows(
                 if not fields:
                     continue
                 if len(fields) != len(header):
-                    if left_out is not None:
-                        left_out[f"rejected ({file.name}: wrong number of fields)"] += 1
-                        continue
                     raise InputError(f"{where}: {len(fields)} fields under {len(header)} columns; get a fresh copy")
                 yield reader.line_num, dict(zip(header, fields, strict=True))
     except UnicodeDecodeError:
