@@ -17,6 +17,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,14 +66,26 @@ class _Cue(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _trie() -> dict[str, Any]:
-    root: dict[str, Any] = {}
+    """Cue phrases by word. A phrase may hold classes (`@relative`), whose members are rows of kind `class`."""
     with (Path(__file__).parent / "cues.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+        rows = list(csv.DictReader(file))
+    members: dict[str, list[str]] = {}
+    for row in rows:
+        if row["kind"] == "class":
+            members.setdefault(row["value"], []).append(row["phrase"])
+    root: dict[str, Any] = {}
+    for row in rows:
+        if row["kind"] == "class":
+            continue
+        rule = _Rule(row["kind"], row["axis"], row["value"], row["direction"], int(row["scope"]))
+        parts = [members.get(part, [part]) for part in row["phrase"].lower().split()]
+        for choice in product(*parts):
             node = root
-            for word in _TOKEN.findall(row["phrase"].lower()):
+            for word in _TOKEN.findall(" ".join(choice)):
                 node = node.setdefault(word, {})
-            rule = _Rule(row["kind"], row["axis"], row["value"], row["direction"], int(row["scope"]))
-            node.setdefault("", []).append(rule)
+            rules = node.setdefault("", [])
+            if rule not in rules:
+                rules.append(rule)
     return root
 
 

@@ -7,22 +7,17 @@ import re
 from pathlib import Path
 
 
-def _abbreviations(ends: str) -> frozenset[str]:
-    with (Path(__file__).parent / "abbreviations.csv").open(encoding="utf-8", newline="") as file:
-        return frozenset(row["form"] for row in csv.DictReader(file) if row["ends_sentence"] == ends)
+def _words(kind: str) -> frozenset[str]:
+    with (Path(__file__).parent / "sentence_words.csv").open(encoding="utf-8", newline="") as file:
+        return frozenset(row["form"] for row in csv.DictReader(file) if row["kind"] == kind)
 
 
-_ABBREVIATIONS = _abbreviations("maybe")
-_TITLES = _abbreviations("no")
+_ABBREVIATIONS = _words("abbreviation")  # end a sentence only before a capital
+_TITLES = _words("title")  # never end one
+_JOINERS = _words("joiner")  # no line of a list ends with one
 _STOP = re.compile(r"[.!?]+[\"'”’)\]]*(?=,?\s|,[A-Z0-9]|$)|;(?=\s)|(?<=[a-z]{3})\.(?=[A-Z][a-z]+\s)")
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
 _HEADER = re.compile(r"[ \t]*[A-Z][A-Za-z0-9/&() \-]{0,45}:")
-_JOINERS = frozenset(
-    ("and", "or", "of", "with", "without", "the", "a", "an", "in", "on", "to", "for", "from", "by", "no", "not", "nor")
-    + ("but", "is", "are", "was", "were", "has", "have", "had", "at", "her", "his", "their", "which", "that", "due")
-    + ("as", "than")
-)
-"""Words that no line of a list ends with."""
 
 
 def find_sentences(text: str) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ _FOLDER = Path(__file__).parent
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s]|\n")
 _WORD = re.compile(r"[^\W_]+")
 _OPTIONAL = re.compile(r"\s*[\(\[][^)\]]*[\)\]]")
+_ABNORMAL = re.compile(r"(?:abnormal(?:ity)?|anomaly) (?:of )?(?:the )?(.+?)(?: morphology)?$", re.IGNORECASE)
 _ADJACENT, _FREE, _WEAK, _CONJUNCTION, _HARD = range(5)
 _MAX_WORDS = 9
 _MEMO_LIMIT = 200_000
@@ -278,6 +279,7 @@ class Matcher:
                 concept_id = terminology.resolve(row["concept_id"]) or ""
                 if concept_id in self.ids:
                     names.append((concept_id, Name(row["name"], "exact", row["kind"] == "abbreviation")))
+        names += [extra for concept_id, name in names for extra in _general(concept_id, name)]
         self._abbreviations: dict[str, tuple[str, float]] = {}
         stems: dict[str, int] = {}
         bags: dict[tuple[str, ...], list[tuple[tuple[str, ...], str, float, str]]] = {}
@@ -289,7 +291,7 @@ class Matcher:
                 if text.isalnum():
                     self._abbreviations.setdefault(text, (concept_id, _WEIGHT[name.scope]))
                 continue
-            variants = {text: None, _OPTIONAL.sub("", text): None} if "(" in text else {text: None}
+            variants = dict.fromkeys((text, _OPTIONAL.sub("", text)))
             for variant in variants:
                 for words, only in _name_words(variant):
                     if words and len(words) <= _MAX_WORDS and any(len(word) > 1 for word in words):
@@ -325,10 +327,24 @@ def _accept(entry: _Entry, words: tuple[int, ...], worst: int, free: int) -> tup
     hit = entry.orders.get(words)
     if hit is not None:
         return hit
-    # Another order: only within one phrase, joined by a preposition, or short enough to be telegraphic.
-    if worst >= _WEAK or (not free and len(words) > 2) or tuple(sorted(words)) != entry.words:
+    # Another order: within one phrase, and joined by a preposition, of two words, or with the modifier put last.
+    if worst >= _WEAK:
+        return None
+    if not free and len(words) > 2:
+        turned = (words[k:] + words[:k] for k in range(1, len(words)))
+        hit = next((entry.orders[order] for order in turned if order in entry.orders), None)
+        return (hit[0], round(hit[1] * 0.9, 4)) if hit else None
+    if tuple(sorted(words)) != entry.words:
         return None
     return entry.default[0], round(entry.default[1] * 0.9, 4)
+
+
+def _general(concept_id: str, name: Name) -> Iterator[tuple[str, Name]]:
+    """`Abnormality of the ear` is also written `ear anomaly`, `ear malformation`, `malformed ears`."""
+    found = _ABNORMAL.match(name.text)
+    if found and name.scope in ("label", "exact"):
+        for head in ("abnormality", "malformation", "defect"):
+            yield concept_id, Name(f"{found[1]} {head}", "broad")
 
 
 def _name_words(text: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -7,6 +7,7 @@ pure functions of one word; irregular words are listed in `variants.csv`.
 from __future__ import annotations
 
 import csv
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -110,6 +111,8 @@ def _canonical() -> frozenset[str]:
 def light(word: str) -> str:
     """Return `word` in lower case, American spelling and singular."""
     word = word.lower().replace("’", "'")
+    if not word.isascii():
+        word = "".join(c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c))
     if word.endswith("'s"):
         word = word[:-2]
     word = word.replace("'", "")
