@@ -1,8 +1,8 @@
 """The command line: one function a verb.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 finished with rejected records. Nothing heavy is imported before
-a verb needs it. Whatever goes wrong ends in one line on standard error that never holds note text: the message of an
-exception from a library may quote its input, so only its type and place are shown.
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 finished with rejected records. Nothing heavy is imported
+before a verb needs it. Whatever goes wrong ends in one line on standard error that never holds note text: the message
+of an exception from a library may quote its input, so only its type and place are shown.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _write_frames(error: BaseException, output: Path | None) -> Path | None:
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
-    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
+    def __init__(self, prog: str, description: str | None = None, **options: Any) -> None:
         # An abbreviation that works today means something else once a key is added.
         super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
 

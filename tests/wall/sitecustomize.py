@@ -1,0 +1,5 @@
+"""Imported by every Python that a test starts; see conftest."""
+
+import network_wall
+
+network_wall.build()
