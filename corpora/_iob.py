@@ -33,6 +33,7 @@ def load(card: Card, path: Path | None) -> Corpus:
     """Read `train.tsv`, `devel.tsv` and `test.tsv`, as many as are there; see `read_iob` for the errors."""
     root = corpus_path(card, path)
     notes: list[Note] = []
+    unit = ""
     spans: list[dict[str, Any]] = []
     parts: dict[tuple[str, str], str] = {}
     for part, names in _FILES:
@@ -41,6 +42,7 @@ def load(card: Card, path: Path | None) -> Corpus:
             continue
         documents = read_iob_documents(file)
         marked = any(len(sentences) > 1 for sentences in documents)
+        unit = "abstract" if marked else "sentence"
         for position, sentences in enumerate(documents):
             text, found = document(sentences)
             note = Note(
@@ -49,7 +51,7 @@ def load(card: Card, path: Path | None) -> Corpus:
                 institution=card.name,
                 text=text,
                 source=f"{file.name}:{position + 1}",
-                note_type="abstract" if marked else "sentence of an abstract",
+                note_type=unit,
             )
             notes.append(note)
             parts[note.institution, note.note_id] = part
@@ -68,7 +70,7 @@ def load(card: Card, path: Path | None) -> Corpus:
         raise missing(card, root, "train.tsv, devel.tsv or test.tsv with a sentence in it")
     return Corpus(
         notes=notes_table(notes),
-        card=loaded(card, f"{len(notes)} {notes[0].note_type.split()[0]}s, {len(spans)} spans"),
+        card=loaded(card, f"{len(notes)} {unit}s, {len(spans)} spans"),
         spans=pa.Table.from_pylist(spans, schema=SPAN_SCHEMA),
         parts=parts,
     )

@@ -43,16 +43,17 @@ def load(path: Path | None = None) -> Corpus:
     """
     root = corpus_path(CARD, path)
     folders = [(part, folder) for part, pattern in _PARTS for folder in sorted(root.glob(pattern)) if folder.is_dir()]
+    folders = [(part, folder) for part, folder in folders or [("", root)] if any(folder.rglob("*.ann"))]
+    if not folders:
+        raise missing(CARD, root, "BRAT files (DOCUMENT.txt beside DOCUMENT.ann)")
     options = ReadOptions(institution="BIDMC")
     notes: list[pa.Table] = []
     spans: list[pa.Table] = []
     parts: dict[tuple[str, str], str] = {}
     left_out: Counter[str] = Counter()
     several = 0
-    for part, folder in folders or [("", root)]:
+    for part, folder in folders:
         table, without = collect(read_notes(folder, format="brat", options=options))
-        # A part may hold its files one folder deeper (gold-standard-test-data/test): the document is its file's name.
-        names = [note_id.rpartition("/")[2] for note_id in table["note_id"].to_pylist()]
         if bare := sum(not (folder / f"{note_id}.ann").is_file() for note_id in table["note_id"].to_pylist()):
             raise InputError(
                 f"{folder}: {bare} texts have no .ann file beside them; without one nothing is known of them"
@@ -61,19 +62,24 @@ def load(path: Path | None = None) -> Corpus:
         left_out += without
         left_out.update(f"rejected ({item.reason})" for item in found.rejected)
         several += found.discontinuous
-        documents = [name.rpartition("/")[2] for name in found.table["note_id"].to_pylist()]
+        table = _by_file_name(table, "note_id", "patient_id")
+        names = table["note_id"].to_pylist()
         if len(set(names)) != len(names) or any(("BIDMC", name) in parts for name in names):
             raise InputError(f"{folder}: a document is there twice; name the folder that holds each one once")
-        for column in ("note_id", "patient_id"):
-            table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), [names])
-        index = found.table.schema.get_field_index("note_id")
         notes.append(table)
-        spans.append(found.table.set_column(index, found.table.schema.field("note_id"), [documents]))
+        spans.append(_by_file_name(found.table, "note_id"))
         if part:
             parts.update({("BIDMC", name): part for name in names})
     every = pa.concat_tables(notes)
-    if not len(every):
-        raise missing(CARD, root, "BRAT files (DOCUMENT.txt beside DOCUMENT.ann)")
     gold = pa.concat_tables(spans)
     counts = f"{len(every)} documents, {len(gold)} spans ({several} of several fragments){listed(left_out)}"
     return Corpus(notes=every, card=loaded(CARD, counts), spans=gold, parts=parts)
+
+
+def _by_file_name(table: pa.Table, *columns: str) -> pa.Table:
+    """Name documents by their file alone: a part may hold them one folder deeper (gold-standard-test-data/test)."""
+    for column in columns:
+        index = table.schema.get_field_index(column)
+        names = pa.array([name.rpartition("/")[2] for name in table[column].to_pylist()], pa.string())
+        table = table.set_column(index, table.schema.field(index), names)
+    return table
