@@ -21,7 +21,7 @@ class StrategyConfig(NamedConfig):
     """head, full, lora or qlora."""
     rank: int = Field(default=16, ge=1)
     """lora, qlora: rank of the update."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
     """lora, qlora: scale of the update, divided by the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """lora, qlora: dropout in front of the update."""
@@ -77,9 +77,10 @@ def apply_strategy(network: Any, strategy: StrategyConfig, *, seed: int) -> Any:
         task_type=None,
     )
     if isinstance(network, PeftModel):
-        parents = list(network.base_model.active_adapters)
+        tuner: Any = network.base_model
+        parents = list(tuner.active_adapters)
         network.add_adapter(ADAPTER, config)
-        network.base_model.set_adapter([*parents, ADAPTER])
+        tuner.set_adapter([*parents, ADAPTER])
     else:
         network = PeftModel(network, config, adapter_name=ADAPTER)
     for name, parameter in network.named_parameters():

@@ -63,7 +63,7 @@ def load_state(model: Any, state: dict[str, Any], name: str, *, prefix: str = ""
     from peft import set_peft_model_state_dict
 
     renamed = {_ROOT + prefix + key.removeprefix(_ROOT): value for key, value in state.items()}
-    outcome = set_peft_model_state_dict(model, renamed, adapter_name=name)
+    outcome: Any = set_peft_model_state_dict(model, renamed, adapter_name=name)
     missing = [key for key in outcome.missing_keys if f".{name}." in key]
     if outcome.unexpected_keys or missing:
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from clinical_nlp.models.resolve import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
 
 Quantization = Literal["none", "nf4"]
 _HEADS = ["score", "classifier", "lm_head", "qa_outputs", "cls", "head"]
@@ -26,7 +26,7 @@ class BaseModel:
     """A loaded base: the network (backbone or causal language model), its tokenizer, and where they came from."""
 
     network: Any
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Any
     resolved: ResolvedModel
     quantization: Quantization
     is_decoder: bool
@@ -80,11 +80,11 @@ def load_base(
         options["dtype"] = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     loader = AutoModelForCausalLM if kind == "causal" else AutoModel
     with _clear_errors(name):
-        network = loader.from_pretrained(resolved.folder, **options)
+        network: Any = loader.from_pretrained(resolved.folder, **options)
     if quantization == "nf4":
         _guard_four_bit(network, name)
     elif torch.cuda.is_available():
-        network = network.to("cuda")
+        network = network.cuda()
     network = _stack_adapters(network, resolved, kind)
     return BaseModel(network, load_tokenizer(resolved), resolved, quantization, is_decoder)
 
@@ -143,7 +143,7 @@ def _guard_four_bit(network: torch.nn.Module, name: str) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+def load_tokenizer(resolved: ResolvedModel) -> Any:
     """Load the tokenizer of a resolved model; a pad token that differs from eos is chosen where there is none."""
     from transformers import AutoTokenizer
 
@@ -189,9 +189,7 @@ def backbone_prefix(network: Any) -> str:
     return f"{prefix}." if prefix and hasattr(network, prefix) else ""
 
 
-def check_offsets(
-    tokenizer: PreTrainedTokenizerFast, text: str, offsets: list[tuple[int, int]], ids: list[int]
-) -> None:
+def check_offsets(tokenizer: Any, text: str, offsets: list[tuple[int, int]], ids: list[int]) -> None:
     """Verify that every non-special token covers text; several LLM tokenizers report empty spans.
 
     Raises
@@ -203,7 +201,7 @@ def check_offsets(
     if not spans:
         return
     empty = sum(1 for start, end in spans if end <= start)
-    backwards = any(later[0] < earlier[0] for earlier, later in zip(spans, spans[1:], strict=False))
+    backwards = any(later[0] < earlier[0] for earlier, later in itertools.pairwise(spans))
     if backwards or empty > len(spans) // 2 or spans[-1][1] > len(text):
         raise ModelError(
             f"the tokenizer of this base model reports unusable character offsets ({empty} of {len(spans)} tokens are "

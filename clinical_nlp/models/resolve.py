@@ -92,11 +92,11 @@ def _resolve_run(folder: Path) -> ResolvedModel:
         raise ModelError(
             f"run {folder} holds no model (recipe {run.manifest.get('recipe')}); name one that trained one"
         )
-    inner = resolve_model(base["name"])
+    # A base that is a folder is looked for beside the run first, so that runs can be moved together.
+    beside = (folder / base["relative"]).resolve() if base.get("relative") else None
+    inner = resolve_model(str(beside) if beside is not None and beside.is_dir() else base["name"])
     if base.get("digest") and inner.digest and base["digest"] != inner.digest:
-        raise ModelError(
-            f"run {folder} was trained on another version of {base['name']}; its weights have changed since"
-        )
+        raise ModelError(f"run {folder} was trained on another version of {base['name']}; its weights have changed")
     adapters = (*inner.adapters, folder / "adapter") if (folder / "adapter").is_dir() else inner.adapters
     digest = hashlib.sha256(f"{inner.digest}{[folder_digest(path) for path in adapters]}".encode()).hexdigest()
     return ResolvedModel(str(folder), inner.folder, adapters, folder, digest, inner.is_hub)

@@ -182,7 +182,7 @@ def build_model(network: Any, tags: int, *, seed: int) -> Any:
     """Put a linear tagging head on a backbone; the head is float32, never quantised and always trains."""
     import torch
 
-    config = getattr(network, "config", None)
+    config: Any = network.config
     torch.manual_seed(seed)
 
     class Tagger(torch.nn.Module):

@@ -1,8 +1,7 @@
-"""Continued pretraining: notes to packed rows in which no document sees its neighbour, and perplexity on held-out notes."""
+"""Continued pretraining: notes to packed rows in which no document sees another, and perplexity on held-out notes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,8 +172,3 @@ def compare(
             if len(set(people[rows].tolist())) >= 11:
                 found |= estimates(rows, f".{group}.{name}")
     return found
-
-
-def is_finite(estimate: Estimate) -> bool:
-    """Say whether an estimate has a value."""
-    return math.isfinite(estimate.value)

@@ -1,4 +1,4 @@
-"""One trainer for all tasks: transformers' Trainer and TRL's SFTTrainer with the same checkpoints, order and progress."""
+"""One trainer for all tasks: transformers' Trainer and TRL's SFTTrainer with one order, checkpoints and progress."""
 
 from __future__ import annotations
 
@@ -218,6 +218,7 @@ class LossTerms:
     terms: list[LossTerm]
     head: str | None
     head_learning_rate: float | None
+    optimizer: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler
@@ -303,7 +304,7 @@ def _trainer_class(language_model: bool, options: dict[str, Any]) -> tuple[Any, 
     if language_model:
         from trl import SFTConfig, SFTTrainer
 
-        sft = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        sft: dict[str, Any] = {"packing": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         return type("LanguageTrainer", (LossTerms, SFTTrainer), {}), SFTConfig(**options, **sft)
     from transformers import Trainer, TrainingArguments
 

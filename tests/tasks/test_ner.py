@@ -34,8 +34,12 @@ def test_every_word_is_decided_in_exactly_one_window(tokenizer, text):
 
 
 @settings(max_examples=60, deadline=None)
-@given(words=st.lists(st.sampled_from(["fever", "of", "aspirin", "81", "mg", ",", "naïve", "高血压", "𝒙y"]), min_size=1, max_size=60),
-       seed=st.integers(0, 10))  # fmt: skip
+@given(
+    words=st.lists(
+        st.sampled_from(["fever", "of", "aspirin", "81", "mg", ",", "naïve", "高血压", "𝒙y"]), min_size=1, max_size=60
+    ),
+    seed=st.integers(0, 10),
+)
 def test_decoding_gives_back_the_encoded_spans(tokenizer, words, seed):
     text, starts = "", []
     for word in words:
