@@ -18,6 +18,7 @@ MAX_RATIO = 500
 """Above this decompression ratio (after `RATIO_FREE_BYTES`) a gzip file is taken for a bomb."""
 RATIO_FREE_BYTES = 256 << 20
 
+_BLANK = b" \t\r\n"
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -28,19 +29,21 @@ _BYTE_ORDER_MARKS = (
 
 
 class UnreadableError(InputError):
-    """A file, or the rest of one, cannot be read; `reason` says why without the file's name."""
+    """A file, or the rest of one, cannot be read; `reason` says why, `line` from where on (0: from the start)."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.reason = reason
+    def __init__(self, name: str, reason: str, line: int = 0) -> None:
+        super().__init__(f"{name}:{line}: {reason}" if line else f"{name}: {reason}")
+        self.reason, self.line = reason, line
 
 
 class Line(NamedTuple):
-    """One line without its end; `data` is None where `problem` says why it was not kept."""
+    """One line without its end; `data` is None where `problem` says why it was not kept. `offset` is where `data`
+    begins in the unpacked, recoded stream."""
 
     number: int
     data: bytes | None
     problem: str | None = None
+    offset: int = 0
 
 
 def byte_order_mark(head: bytes) -> tuple[str, int] | None:
@@ -215,6 +218,7 @@ class reading:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.line = 0
 
     def __enter__(self) -> None:
         return None
@@ -232,7 +236,7 @@ class reading:
             reason = f"cannot be read ({error.strerror})"
         else:
             return
-        raise UnreadableError(self._name, reason) from None
+        raise UnreadableError(self._name, reason, self.line) from None
 
 
 def lines(path: Path, name: str) -> Iterator[Line]:
@@ -243,20 +247,24 @@ def lines(path: Path, name: str) -> Iterator[Line]:
     UnreadableError : where the file breaks off; the lines before it were yielded.
     """
     with open_bytes(path, name).stream as stream:
-        number = 0
+        number = end = 0
+        guard = reading(name)
         while True:
-            with reading(name):
+            guard.line = number + 1
+            with guard:
                 data = stream.readline(MAX_RECORD_BYTES)
             if not data:
                 return
             number += 1
+            begin, end = end, end + len(data)
             if len(data) == MAX_RECORD_BYTES and not data.endswith(b"\n"):
-                with reading(name):
+                with guard:
                     while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
-                        pass
+                        end += len(rest)
+                    end += len(rest)
                 yield Line(number, None, f"line is longer than {MAX_RECORD_BYTES >> 20} MiB")
-            elif stripped := data.strip(b" \t\r\n"):
-                yield Line(number, stripped)
+            elif stripped := data.lstrip(_BLANK):
+                yield Line(number, stripped.rstrip(_BLANK), offset=begin + len(data) - len(stripped))
 
 
 def read_text(path: Path, encoding: str) -> tuple[str | None, str | None]:

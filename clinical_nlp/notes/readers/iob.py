@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clinical_nlp.errors import InputError, MissingDataError
-from clinical_nlp.notes.readers.files import UnreadableError, decode, open_bytes, walk
+from clinical_nlp.notes.readers.files import decode, open_bytes, walk
 from clinical_nlp.notes.readers.files import reading as breaking
 from clinical_nlp.notes.readers.folder import check_institution_from, institution_of, stem
 from clinical_nlp.notes.readers.options import Reading
+from clinical_nlp.notes.readers.over_files import over_files
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected
 
 _SUFFIXES = (".iob", ".iob2", ".bio", ".conll", ".tsv")
@@ -113,28 +114,24 @@ def read(reading: Reading) -> Iterator[Record]:
     """Yield one record a document; its id is the file and the number of the document in it."""
     options = reading.options
     check_institution_from(options, format="iob")
-    paths = list(files(reading.source))
-    for path in paths:
-        name = reading.name(path)
-        try:
-            for count, found in enumerate(_documents(path, name, options.encoding), start=1):
-                note_id = f"{stem(name)}:{count}"
-                source = f"{name}:{found.line}"
-                if found.problem:
-                    yield Rejected(source, found.problem, note_id, note_id)
-                    continue
-                yield Note(
-                    note_id=note_id,
-                    patient_id=note_id,
-                    institution=institution_of(name, options),
-                    text=document(found.sentences)[0],
-                    source=source,
-                    language=options.default_language,
-                )
-        except UnreadableError as error:
-            if len(paths) == 1:
-                raise
-            yield Rejected(name, error.reason)
+
+    def records(path: Path, name: str) -> Iterator[Record]:
+        for count, found in enumerate(_documents(path, name, options.encoding), start=1):
+            note_id = f"{stem(name)}:{count}"
+            source = f"{name}:{found.line}"
+            if found.problem:
+                yield Rejected(source, found.problem, note_id, note_id)
+                continue
+            yield Note(
+                note_id=note_id,
+                patient_id=note_id,
+                institution=institution_of(name, options),
+                text=document(found.sentences)[0],
+                source=source,
+                language=options.default_language,
+            )
+
+    yield from over_files(list(files(reading.source)), reading, records)
 
 
 def patients(reading: Reading) -> Iterator[Patient]:

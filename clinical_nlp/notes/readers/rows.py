@@ -121,8 +121,11 @@ class _Bounded:
         self.too_long = False
 
     def __iter__(self) -> Iterator[str]:
+        guard = reading(self._name)
+        guard.line = 1
         while True:
-            with reading(self._name):
+            guard.line += 1
+            with guard:
                 line = self._text.readline(MAX_RECORD_BYTES)
                 if not line:
                     return
