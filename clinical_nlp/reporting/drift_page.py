@@ -1,0 +1,289 @@
+"""The page of a drift analysis, from its `results.json`: the answer first, then what it rests on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clinical_nlp.reporting.page import Figure, Notice, Points, Section, Table, Text, interval, p_text, page
+from clinical_nlp.reporting.plots import null_plot, number
+
+_NAN = float("nan")
+_NAMES = {
+    "domain_classifier": "Telling notes apart",
+    "mmd": "Text as a whole",
+    "length": "Length of notes",
+    "vocabulary": "Words used",
+    "vocabulary_kl": "Words used (directed)",
+    "utilisation": "Notes a patient",
+}
+_UNITS = {
+    "domain_classifier": "AUC, 0.5 is chance",
+    "mmd": "null s.d. beyond shuffled patients",
+    "length": "times as many words a note",
+    "vocabulary": "bits a token beyond shuffled patients",
+    "vocabulary_kl": "bits a token beyond shuffled patients",
+    "utilisation": "times as many notes a patient",
+}
+_SHOWN_INSTITUTIONS = 25
+
+
+def drift_page(results: dict[str, Any]) -> str:
+    """Render the results of `recipes.drift`; they hold no note text, and neither does the page."""
+    comparisons = results["comparisons"]
+    sections = [Section("The answer", [_answer(item) for item in comparisons])]
+    sections.append(Section("What may be claimed, and what not", [Points(_claims(results))]))
+    for item in comparisons:
+        sections.append(_details(item, results["protocol"]))
+    sections += [_compared(results), _method(results)]
+    names = f"{results['reference']} against " + ", ".join(item["other"] for item in comparisons)
+    protocol = results["protocol"]
+    return page(
+        "Do the notes differ between institutions?",
+        sections,
+        subtitle=names if len(names) < 200 else f"{results['reference']} against {len(comparisons)} others",
+        footer=f"clinical_nlp drift; seed {protocol['seed']}; every number is also in results.json. No note text is "
+        f"shown, and nothing that fewer than {protocol['smallest_cell']} patients share.",
+    )
+
+
+def _tests(item: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {test["name"]: test for test in item[item["basis"]]}
+
+
+def _answer(item: dict[str, Any]) -> Notice:
+    pair, tests = f"{item['other']} and {item['reference']}", _tests(item)
+    if item["verdict"] == "too_few":
+        smallest = item["smallest_p"]
+        attainable = (
+            f"With these patients no p-value can fall below {p_text(smallest)}. "
+            if smallest and tests
+            else "No test can be made with fewer than two patients on a side. "
+        )
+        return Notice(
+            f"At least 12 patients are needed in each institution, and {item['n_patients_together']} are there in all. "
+            f"{attainable}The measurements below describe these patients; they say neither that the institutions "
+            "differ nor that they are alike.",
+            "caution",
+            f"{pair}: too few patients to tell",
+        )
+    auc = tests["domain_classifier"]
+    pairs = (
+        f"Given one note each of a patient of {item['other']} and of a patient of {item['reference']} that it has not "
+        f"seen before, a simple classifier tells which is which in {100 * auc['effect']:.0f} of 100 pairs (50 would be "
+        f"guessing; 95 % interval {interval(auc['low'], auc['high'])} as a share)."
+    )
+    if item["verdict"] == "not_distinguished":
+        return Notice(
+            f"{pairs} None of the four tests finds a difference beyond chance. That is not proof that they are alike: "
+            "a difference too small for this number of patients would look the same.",
+            "plain",
+            f"{pair}: no difference found",
+        )
+    return Notice(" ".join([pairs, *_differences(item, tests)]), "bad", f"{pair}: the notes differ")
+
+
+def _differences(item: dict[str, Any], tests: dict[str, dict[str, Any]]) -> list[str]:
+    said, length, words = [], tests["length"], tests["vocabulary"]
+    adjusted = item["adjusted_p"]
+    if (adjusted.get("length") or 1) <= 0.05:
+        said.append(
+            f"Notes of {item['other']} have {number(length['effect'])} times as many words "
+            f"({interval(length['low'], length['high'])})."
+        )
+    if (adjusted.get("vocabulary") or 1) <= 0.05:
+        said.append(
+            f"Their words diverge by {number(words['effect'])} bits a token beyond what shuffling patients gives."
+        )
+    return said
+
+
+def _claims(results: dict[str, Any]) -> list[str]:
+    verdicts = {item["verdict"] for item in results["comparisons"]}
+    points = []
+    if "differ" in verdicts:
+        points.append(
+            "May be claimed: the notes of these patients differ between the two institutions by more than shuffling "
+            "whole patients explains, by the amounts measured below."
+        )
+        points.append(
+            "Not shown: that a model does worse there. Text that differs a lot can be harmless and a small shift can "
+            "hurt; score the model on labelled notes of both institutions before relying on it."
+        )
+        points.append(
+            "Not shown: why. Style, templates, note types, patients, period and how the export was made all move the "
+            "text, and without gold labels they cannot be told apart."
+        )
+    if "not_distinguished" in verdicts:
+        points.append(
+            "May be claimed where no difference was found: these tests, with this many patients, did not tell the "
+            "notes apart. Not shown: that the institutions are alike."
+        )
+    if "too_few" in verdicts:
+        points.append(
+            "Nothing may be claimed where there are too few patients. Add patients, or compare at a coarser level "
+            "(another --institution-from)."
+        )
+    points.append(
+        "Two institutions are two institutions: nothing here generalises to hospitals that were not compared."
+    )
+    points.append(f"“Institution” here means: {results['account']['institution_means']}.")
+    return points
+
+
+def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
+    heading = f"{item['other']} against {item['reference']}: what was measured"
+    tests = _tests(item)
+    if not tests:
+        return Section(heading, [Text("No test was made: fewer than two patients stand on one side.")])
+    utilisation = item["utilisation"]
+    blocks: list[Any] = []
+    if item["basis"] == "one_note":
+        blocks.append(
+            Notice(
+                f"Patients of {item['other']} have {number(utilisation['effect'])} times as many notes "
+                f"({interval(utilisation['low'], utilisation['high'])}; p {p_text(utilisation['p_value'])}). That is a "
+                "difference in care, documentation or export, not in text. The verdict therefore rests on one random "
+                "note of each patient, where it plays no part.",
+                "caution",
+                "How many notes patients have differs",
+            )
+        )
+    shown = ["domain_classifier", "mmd", "length", "vocabulary"]
+    rows = []
+    for name in shown:
+        test = tests[name]
+        sd = test["null_sd"]
+        distance = (test["statistic"] - test["null_mean"]) / sd if sd and test["statistic"] is not None else _NAN
+        rows.append((_NAMES[name], distance, f"p {p_text(test['p_value'])}"))
+    axis = "distance from shuffled patients, in standard deviations of the shuffles"
+    blocks.append(
+        Figure(
+            null_plot(rows, title="Each test against its null", x_label=axis),
+            "Shaded: what shuffling patients between the institutions gives most of the time. A dot far to the right "
+            "is a difference that shuffling does not produce.",
+        )
+    )
+    together = f"{item['n_patients_together']} patients"
+    if item["n_patients"][0] is not None:
+        together = f"{item['n_patients'][1]} and {item['n_patients'][0]} patients"
+    columns = ["", "measured", "unit", "95 % interval", "p", "p (Holm)", "patients", "notes"]
+    for basis, words in (("all_notes", "all sampled notes"), ("one_note", "one random note of each patient")):
+        table = [_row(test, item["adjusted_p"] if basis == item["basis"] else {}) for test in item[basis]]
+        if basis == "all_notes":
+            table.append(_row(utilisation, {}))
+        role = "the verdict rests on these" if basis == item["basis"] else "repeat, for comparison"
+        if item["verdict"] == "too_few":
+            role = "a description, without a verdict"
+        blocks.append(Table(columns, table, f"On {words} ({together}): {role}. A dash: no valid interval exists."))
+    if item["tokens"]:
+        small = f"< {protocol['smallest_cell']} patients"
+        blocks.append(
+            Table(
+                ["token", f"per 1,000 in {item['reference']}", f"per 1,000 in {item['other']}", "bits added"],
+                [
+                    [
+                        token["token"],
+                        *(
+                            number(rate) if count is not None else small
+                            for rate, count in zip(token["per_thousand"], token["n_patients"], strict=True)
+                        ),
+                        number(token["excess_bits"], 2),
+                    ]
+                    for token in item["tokens"]
+                ],
+                "The tokens that add most to the divergence of words; each is in the notes of at least "
+                f"{protocol['smallest_cell']} patients of one institution. An exploration, without p-values.",
+            )
+        )
+    elif item["verdict"] != "too_few":
+        blocks.append(Text("No token of enough patients adds to the divergence of words."))
+    return Section(heading, blocks)
+
+
+def _row(test: dict[str, Any], adjusted: dict[str, float]) -> list[Any]:
+    holm = adjusted.get(test["name"])
+    return [
+        _NAMES[test["name"]],
+        test["effect"],
+        _UNITS[test["name"]],
+        interval(test["low"], test["high"]),
+        p_text(test["p_value"]),
+        "" if holm is None else p_text(holm),
+        test["n_units"],
+        test["n_notes"],
+    ]
+
+
+def _compared(results: dict[str, Any]) -> Section:
+    account, smallest = results["account"], results["protocol"]["smallest_cell"]
+    rows = []
+    for row in results["institutions"][:_SHOWN_INSTITUTIONS]:
+        if row["n_patients"] is None:
+            rows.append([row["name"], f"< {smallest}", "", "", ""])
+            continue
+        kinds = sorted(row["note_types"].items(), key=lambda pair: (-pair[1], pair[0]))[:4]
+        types = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in kinds)
+        rows.append([row["name"], row["n_patients"], row["n_notes"], row["words_a_note"], types])
+    blocks: list[Any] = [
+        Table(
+            ["institution", "patients", "notes", "words a note", "commonest note types"],
+            rows,
+            "Words: geometric mean, every patient weighing the same. Note types as shares of a patient's notes.",
+        )
+    ]
+    if len(results["institutions"]) > _SHOWN_INSTITUTIONS:
+        blocks.append(Text(f"{len(results['institutions']) - _SHOWN_INSTITUTIONS} more are in results.json."))
+    skipped = sum(account["skipped"].values())
+    rules = "; ".join(f"{rule} {count}" for rule, count in account["skipped"].items())
+    points = [
+        f"{account['n_records']} records: {account['n_notes']} notes, {skipped} skipped"
+        + (f" ({rules})" if rules else "")
+        + f", {account['n_rejected']} rejected.",
+        f"{account['n_patients']} patients; {account['n_notes_sampled']} of their notes were sampled (at most "
+        f"{results['protocol']['max_notes_per_patient']} a patient, {results['protocol']['max_patients']} patients an "
+        "institution).",
+    ]
+    several = account["n_patients_in_several_institutions"]
+    if several:
+        how = {
+            "majority": "stand where most of their notes are; their notes elsewhere were left out",
+            "drop": "were left out with all their notes",
+        }[results["protocol"]["patient_in_two"]]
+        points.append(
+            f"{several} patients have notes in several institutions. They {how} "
+            f"({account['n_notes_left_out_elsewhere']} notes)."
+        )
+    if account["n_ids_in_several_sources"] and not account["ids_joined"]:
+        points.append(
+            f"{account['n_ids_in_several_sources']} patient ids occur in more than one source and were taken for "
+            "different people, as ids of different systems are. If they are the same people this result is wrong: "
+            "run it again with --shared-patients."
+        )
+    return Section("What was compared", [*blocks, Points(points)])
+
+
+def _method(results: dict[str, Any]) -> Section:
+    protocol = results["protocol"]
+    return Section(
+        "How",
+        [
+            Points(
+                [
+                    "Unit: the patient. Notes of one patient resemble each other, so every patient weighs the same and "
+                    "is shuffled with all of their notes; shuffling notes would find a difference between identical "
+                    "hospitals.",
+                    f"Representation: {protocol['representation']}.",
+                    "Telling notes apart: a ridge discriminant fitted on four fifths of the patients scores the rest; "
+                    "area under the ROC curve over pairs of patients.",
+                    "Text as a whole: unbiased squared maximum mean discrepancy, three Gaussian kernels around the "
+                    "pooled median distance, pairs of one patient left out.",
+                    "Length: ratio of geometric means of words a note; Welch's t, permuted.",
+                    "Words used: Jensen-Shannon divergence of the average note's tokens; directed: Kullback-Leibler of "
+                    "the other institution from the reference. Both as excess over shuffled patients.",
+                    f"p-values: {protocol['p_values']}. A difference is claimed at 0.05 after Holm.",
+                    "If the number of notes a patient differs (p at most 0.05), the verdict rests on one random note a "
+                    "patient, where the tests are exact.",
+                ]
+            )
+        ],
+    )
