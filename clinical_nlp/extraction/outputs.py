@@ -1,0 +1,345 @@
+"""From finished shards to the outputs: copied-forward text, NOTE_NLP, patients, phenopackets.
+
+Every step streams: shards one at a time, patients one at a time, and the sorts in between spill to disk inside the
+output. Running it again gives the same bytes, so an interruption here costs only time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, time
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clinical_nlp.extraction.patients import PATIENTS_SCHEMA, patient_rows
+from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
+from clinical_nlp.extraction.shards import STAGE, clear_write_errors, verifies
+from clinical_nlp.language.terminology import Terminology
+from clinical_nlp.notes.schema import Patient
+from clinical_nlp.notes.writers.note_nlp import note_nlp_table, read_vocabulary
+from clinical_nlp.notes.writers.phenopacket import Evidence, Feature, file_name, phenopacket, to_json
+from clinical_nlp.notes.writers.table import MENTION_SCHEMA, write_table
+from clinical_nlp.runs import sync_folder, write_json
+
+NOTE_ID_MAP_SCHEMA = pa.schema(
+    [
+        pa.field("omop_note_id", pa.int64(), nullable=False),
+        pa.field("institution", pa.string(), nullable=False),
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string(), nullable=False),
+    ]
+)
+"""Which integer stands for which note in NOTE_NLP: the note's own id where all are distinct positive integers (as in
+an OMOP export), else its running number among the notes done."""
+
+_MEMORY = "1GB"
+_PATIENT_ROWS = 20_000
+_DONE = "ledger/outputs.json"
+_ONE_ID_SPACE = ("fhir", "omop", "mimic")
+
+
+def patients_are_shared(config: ExtractionConfig) -> bool:
+    """Say whether one patient_id is one person throughout the source, whatever the institution.
+
+    True for the exports of one system (fhir, omop, mimic) and where a patient map says who is who. In a table or a
+    folder that was put together by hand, `1` of one institution is not `1` of another: merging two people is worse
+    than keeping one apart.
+    """
+    return config.format in _ONE_ID_SPACE or config.patient_map is not None
+
+
+def write_outputs(
+    output: Path,
+    config: ExtractionConfig,
+    terminology: Terminology,
+    records: Sequence[Mapping[str, Any]],
+    read_demographics: Callable[[], Iterator[Patient]],
+) -> dict[str, int]:
+    """Write what needs all shards and return how much: patients, patient_concepts, phenopackets.
+
+    Parameters
+    ----------
+    output : the run directory, with every shard done.
+    config, terminology : of the batch.
+    records : for each shard, its counts, in order.
+    read_demographics : gives the patients of the export.
+    """
+    if (written := outputs_written(output)) is not None:
+        return written
+    for folder in ("mentions", "note_nlp", "patients", "phenopackets"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    with clear_write_errors(output):
+        scratch = output / STAGE / "duckdb"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        files = _mentions(output, config, records, scratch)
+        patients = _Patients(output, config, terminology, read_demographics, scratch)
+        files |= patients.write()
+        # One sync for all phenopackets: a rename of each would cost a disk flush a patient.
+        os.sync()
+        write_json(output / _DONE, {"counts": patients.counts, "files": files})
+    return patients.counts
+
+
+def outputs_written(output: Path) -> dict[str, int] | None:
+    """Return the counts of outputs that were written to the end and still verify, else None."""
+    try:
+        written = json.loads((output / _DONE).read_text("utf-8"))
+        return written["counts"] if verifies(output, written["files"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _connect(scratch: Path) -> Any:
+    import duckdb
+
+    connection = duckdb.connect(
+        ":memory:",
+        config={
+            "memory_limit": _MEMORY,
+            "temp_directory": str(scratch),
+            "threads": 2,
+            "preserve_insertion_order": True,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        },
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
+
+
+def _rows(connection: Any, query: str, size: int = 10_000) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a query."""
+    for batch in connection.cursor().sql(query).to_arrow_reader(size):
+        yield from batch.to_pylist()
+
+
+def _files(folder: Path) -> str:
+    """Glob of the files of a folder as SQL text; what is a pattern in the folder's own name is taken literally."""
+    literal = "".join(f"[{sign}]" if sign in "[*?" else sign for sign in str(folder)).replace("'", "''")
+    return f"{literal}/*.parquet"
+
+
+def _person(config: ExtractionConfig) -> str:
+    """SQL of what two notes of one patient have in common."""
+    return "patient_id" if patients_are_shared(config) else "institution, patient_id"
+
+
+def _mentions(
+    output: Path, config: ExtractionConfig, records: Sequence[Mapping[str, Any]], scratch: Path
+) -> dict[str, str]:
+    """Write mentions/, note_nlp/ and the id map from the staged shards."""
+    connection = _connect(scratch)
+    staged, notes = _files(output / STAGE / "mentions"), _files(output / "notes")
+    own_ids = connection.execute(
+        f"""SELECT coalesce(bool_and(regexp_full_match(note_id, '[1-9][0-9]{{0,17}}')), false)
+                   AND count(DISTINCT note_id) = count(*)
+            FROM read_parquet('{notes}') WHERE outcome = 'done'"""
+    ).fetchone()[0]
+    # The earliest note (by date, then in the order of the export) that holds the sentence is the original.
+    copies = _rows(
+        connection,
+        f"""WITH mention AS (
+              SELECT institution, patient_id, note_id, sentence, written_at, file_row_number AS place, filename
+              FROM read_parquet('{staged}', file_row_number = true, filename = true) WHERE sentence IS NOT NULL),
+            original AS (
+              SELECT {_person(config)}, sentence,
+                     arg_min({{'institution': institution, 'note_id': note_id}},
+                             {{'undated': written_at IS NULL, 'at': written_at, 'file': filename, 'place': place}})
+                       AS note
+              FROM mention GROUP BY ALL HAVING count(DISTINCT (institution, note_id)) > 1)
+            SELECT filename, place, original.note.note_id AS copied_from
+            FROM mention JOIN original USING ({_person(config)}, sentence)
+            WHERE (original.note.institution, original.note.note_id) <> (institution, note_id)
+            ORDER BY filename, place""",
+    )
+    copy = next(copies, None)
+    vocabulary = None if config.vocabulary is None else read_vocabulary(Path(config.vocabulary))
+    written: dict[str, str] = {}
+    n_done = n_mentions = 0
+    id_map = output / "note_id_map.parquet"
+    with pq.ParquetWriter(scratch / "note_id_map.parquet", NOTE_ID_MAP_SCHEMA, compression="zstd") as id_writer:
+        for index, record in enumerate(records):
+            name = f"part-{index:06d}.parquet"
+            path = output / STAGE / "mentions" / name
+            rows = pq.read_table(path).to_pylist()
+            while copy is not None and copy["filename"] == str(path):
+                rows[copy["place"]]["copied_from"] = copy["copied_from"]
+                copy = next(copies, None)
+            note_rows = pq.read_table(
+                output / "notes" / name,
+                columns=["institution", "note_id", "patient_id"],
+                filters=[("outcome", "=", "done")],
+            ).to_pylist()
+            note_ids = {
+                (row["institution"], row["note_id"]): int(row["note_id"]) if own_ids else number
+                for number, row in enumerate(note_rows, start=n_done + 1)
+            }
+            id_writer.write_table(
+                pa.Table.from_pylist(
+                    [{**row, "omop_note_id": note_ids[row["institution"], row["note_id"]]} for row in note_rows],
+                    schema=NOTE_ID_MAP_SCHEMA,
+                )
+            )
+            table = note_nlp_table(
+                rows,
+                note_ids=note_ids,
+                first_id=n_mentions + 1,
+                nlp_system=SYSTEM,
+                vocabulary=vocabulary,
+                nlp_date=config.processed_on,
+            )
+            written[f"note_nlp/{name}"] = write_table(output / "note_nlp" / name, table)
+            mentions = pa.Table.from_pylist(rows, schema=MENTION_SCHEMA)
+            written[f"mentions/{name}"] = write_table(output / "mentions" / name, mentions)
+            n_done, n_mentions = n_done + record["done"], n_mentions + record["mentions"]
+    connection.close()
+    os.replace(scratch / "note_id_map.parquet", id_map)
+    sync_folder(output)
+    return written
+
+
+class _Patients:
+    """Writes patients/ and phenopackets/, one patient at a time."""
+
+    def __init__(
+        self,
+        output: Path,
+        config: ExtractionConfig,
+        terminology: Terminology,
+        read_demographics: Callable[[], Iterator[Patient]],
+        scratch: Path,
+    ) -> None:
+        self.counts = {"patients": 0, "patient_concepts": 0, "phenopackets": 0}
+        self._output, self._config, self._terminology = output, config, terminology
+        self._read_demographics, self._scratch = read_demographics, scratch
+        self._held: list[dict[str, Any]] = []
+        self._written: dict[str, str] = {}
+
+    def write(self) -> dict[str, str]:
+        """Write everything and return the digests of the tables."""
+        connection = _connect(self._scratch)
+        self._load_demographics(connection)
+        person = _person(self._config)
+        scoped = not patients_are_shared(self._config)
+        # Demographics name no institution: where an id may be two people, they are used only if it is not.
+        people = _rows(
+            connection,
+            f"""WITH person AS (
+                  SELECT min(institution) AS scope, patient_id, max(written_at) AS latest
+                  FROM read_parquet('{_files(self._output / "notes")}') WHERE outcome = 'done' GROUP BY {person}),
+                sure AS (
+                  SELECT patient_id FROM person GROUP BY patient_id HAVING count(*) = 1),
+                known AS (
+                  SELECT patient_id, min(sex) AS sex, min(birth_date) AS birth_date, min(death_date) AS death_date
+                  FROM demographics SEMI JOIN sure USING (patient_id) GROUP BY patient_id)
+                SELECT * FROM person LEFT JOIN known USING (patient_id)
+                ORDER BY {person.replace("institution", "scope")}""",
+        )
+        mentions = _rows(
+            connection,
+            f"""SELECT institution, patient_id, note_id, written_at, "start", "end", concept_id, concept_label,
+                       presence, temporality, modality, experiencer, copied_from
+                FROM read_parquet('{_files(self._output / "mentions")}') WHERE concept_id IS NOT NULL
+                ORDER BY {person}, written_at NULLS LAST, institution, note_id, "start", "end", concept_id""",
+        )
+
+        def key(row: Mapping[str, Any]) -> tuple[str, str]:
+            return (row["institution"] if scoped else "", row["patient_id"])
+
+        groups = groupby(mentions, key)
+        group = next(groups, None)
+        for row in people:
+            row["scope"] = row["scope"] if scoped else ""
+            wanted = (row["scope"], row["patient_id"])
+            found: list[dict[str, Any]] = []
+            if group is not None and group[0] == wanted:
+                found = list(group[1])
+                group = next(groups, None)
+            self._patient(row, found)
+        self._flush()
+        connection.close()
+        return self._written
+
+    def _load_demographics(self, connection: Any) -> None:
+        connection.execute(
+            "CREATE TABLE demographics (patient_id VARCHAR, sex VARCHAR, birth_date DATE, death_date DATE)"
+        )
+        held: list[tuple[Any, ...]] = []
+        for patient in self._read_demographics():
+            held.append((patient.patient_id, patient.sex, patient.birth_date, patient.death_date))
+            if len(held) == 10_000:
+                self._insert(connection, held)
+                held = []
+        self._insert(connection, held)
+
+    def _insert(self, connection: Any, held: list[tuple[Any, ...]]) -> None:
+        if held:
+            names = ("patient_id", "sex", "birth_date", "death_date")
+            columns = {name: list(values) for name, values in zip(names, zip(*held, strict=True), strict=True)}
+            types = (pa.string(), pa.string(), pa.date32(), pa.date32())
+            block = pa.table({name: pa.array(columns[name], kind) for name, kind in zip(names, types, strict=True)})
+            connection.register("block", block)
+            connection.execute("INSERT INTO demographics SELECT * FROM block")
+            connection.unregister("block")
+
+    def _patient(self, person: Mapping[str, Any], mentions: list[dict[str, Any]]) -> None:
+        rows = patient_rows(person["patient_id"], mentions, self._terminology, propagate=self._config.propagate)
+        self.counts["patients"] += 1
+        self.counts["patient_concepts"] += len(rows)
+        self._held.extend(rows)
+        if len(self._held) >= _PATIENT_ROWS:
+            self._flush()
+        if self._terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in self._terminology.roots):
+            self._phenopacket(person, rows)
+
+    def _flush(self) -> None:
+        name = f"patients/part-{len(self._written):06d}.parquet"
+        if self._held or not self._written:
+            table = pa.Table.from_pylist(self._held, schema=PATIENTS_SCHEMA)
+            self._written[name] = write_table(self._output / name, table)
+            self._held = []
+
+    def _phenopacket(self, person: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+        patient_id = person["patient_id"]
+        packet_id = f"{person['scope']}/{patient_id}" if person["scope"] else patient_id
+        created: datetime | None = person["latest"]
+        if self._config.processed_on is not None:
+            created = datetime.combine(self._config.processed_on, time(), UTC)
+        packet = phenopacket(
+            packet_id,
+            Patient(patient_id, person["sex"], person["birth_date"], person["death_date"]),
+            [_feature(row) for row in rows if row["state"] in ("present", "excluded") and not row["propagated_from"]],
+            hpo_version=self._terminology.version,
+            created=created,
+            created_by=SYSTEM,
+        )
+        path = self._output / "phenopackets" / file_name(packet_id)
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{self.counts['phenopackets']}.tmp")
+        temporary.write_bytes(to_json(packet))
+        os.replace(temporary, path)
+        self.counts["phenopackets"] += 1
+
+
+def _feature(row: Mapping[str, Any]) -> Feature:
+    excluded = row["state"] == "excluded"
+    carrying = [item for item in row["evidence"] if item["kind"] == ("denied" if excluded else "affirmed")]
+    return Feature(
+        concept_id=row["concept_id"],
+        label=row["label"],
+        excluded=excluded,
+        evidence=tuple(
+            Evidence(note_id, institution, written_at, tuple((item["start"], item["end"]) for item in items))
+            for (institution, note_id, written_at), items in groupby(
+                carrying, lambda item: (item["institution"], item["note_id"], item["written_at"])
+            )
+        ),
+    )

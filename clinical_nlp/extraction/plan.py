@@ -1,0 +1,214 @@
+"""What a batch is: its config, the plan it was begun with, and the shards that the export is cut into."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from clinical_nlp.config import Config
+from clinical_nlp.errors import MissingDataError, RunError
+from clinical_nlp.notes.readers import ReadOptions
+from clinical_nlp.notes.schema import Note, Record, Rejected
+from clinical_nlp.runs import file_digest, write_json
+
+SYSTEM = f"clinical_nlp {version('clinical_nlp')}"
+"""Name and version, as NOTE_NLP and the phenopackets state it."""
+
+
+class ExtractionConfig(Config):
+    """Extract phenotypes from every note of an export, and gather them by patient."""
+
+    source: str
+    """The export: a file or a folder."""
+    format: str
+    """How it is laid out: fhir, omop, mimic, table, brat, iob or text."""
+    model: str | None = None
+    """Directory of an ner run whose entities are added to the dictionary's."""
+    terminology: str = "hpo"
+    """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
+    engine: Literal["local", "spark"] = "local"
+    """Where the work is done; spark comes with a later version."""
+    workers: int = Field(default=1, ge=1, exclude=True)
+    """Processes. With 1 the work is done in this process; with 2 or more a note that kills its worker is rejected and
+    the rest go on. The outputs are the same bytes."""
+    languages: list[str] = Field(default_factory=lambda: ["en"])
+    """Languages to process; notes in others are skipped and counted. An empty list means all."""
+    default_language: str = "en"
+    """Language of a note whose export does not say."""
+    encoding: str = "utf-8"
+    """Character set of files that do not say theirs."""
+    line_separator: str = "\n"
+    """Put between the rows of a note that a table stores in several rows."""
+    institution_from: str | None = None
+    """Which level of the export is the institution (custodian, serviceProvider, care_site, or a column)."""
+    institution: str | None = None
+    """One institution name for all notes."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For a table: which column holds what, as columns.text=body."""
+    attachments: str | None = None
+    """Folder in which attachment URLs are looked up."""
+    patient_map: str | None = None
+    """File that says which patients of different sources are the same person."""
+    vocabulary: str | None = None
+    """CSV with concept_code, concept_id and perhaps source_concept_id, for the concept columns of NOTE_NLP."""
+    processed_on: date | None = None
+    """Date to state as nlp_date and as the creation of phenopackets; default the date of the note, or of the patient's
+    latest note, so that the same input gives the same bytes."""
+    propagate: bool = False
+    """Add to patients the ancestors of what is present and the descendants of what is excluded."""
+    shard_notes: int = Field(default=500, ge=1)
+    """Records in a shard; an interruption costs at most the shards in work."""
+    shard_characters: int = Field(default=4_000_000, ge=1)
+    """A shard is closed early when its notes hold this many characters."""
+
+    def read_options(self, scratch: Path) -> ReadOptions:
+        """Return what the readers need."""
+        return ReadOptions(
+            languages=tuple(self.languages),
+            default_language=self.default_language,
+            encoding=self.encoding,
+            line_separator=self.line_separator,
+            institution_from=self.institution_from,
+            institution=self.institution,
+            columns=self.columns,
+            attachments=None if self.attachments is None else Path(self.attachments),
+            patient_map=None if self.patient_map is None else Path(self.patient_map),
+            scratch=scratch,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A run of consecutive records of the export; `first` is the running number of the first."""
+
+    index: int
+    first: int
+    records: tuple[Record, ...]
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything about the records that can change an output."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            fields = {name: getattr(record, name) for name in record.__slots__ if name != "text"}
+            if isinstance(record, Note):
+                fields["text_sha256"] = record.text_sha256
+            digest.update(json.dumps([type(record).__name__, fields], default=str).encode())
+        return digest.hexdigest()
+
+
+def cut(records: Iterable[Record], *, shard_notes: int, shard_characters: int) -> Iterator[Shard]:
+    """Cut a stream of records into shards, in order; the cuts depend on the records alone."""
+    held: list[Record] = []
+    index = first = characters = 0
+    for record in records:
+        record = _encodable(record)
+        held.append(record)
+        characters += len(record.text) if isinstance(record, Note) else 0
+        if len(held) >= shard_notes or characters >= shard_characters:
+            yield Shard(index, first, tuple(held))
+            index, first, characters, held = index + 1, first + len(held), 0, []
+    if held:
+        yield Shard(index, first, tuple(held))
+
+
+def _encodable(record: Record) -> Record:
+    """Reject a note whose identifiers no output could hold (lone surrogates out of a JSON escape)."""
+    names = [name for name in record.__slots__ if name != "text"]
+    broken = {name: value for name in names if isinstance(value := getattr(record, name), str) and not _is_utf8(value)}
+    if not broken:
+        return record
+    repaired: dict[str, Any] = {name: value.encode("utf-8", "replace").decode() for name, value in broken.items()}
+    if not isinstance(record, Note):
+        return replace(record, **repaired)
+    values = {name: repaired.get(name, getattr(record, name)) for name in ("source", "note_id", "patient_id")}
+    return Rejected(reason=f"not valid Unicode: {', '.join(broken)}", **values)
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_plan(config: ExtractionConfig, *, terminology: Any, inputs: list[Path]) -> dict[str, Any]:
+    """Return what an output depends on, as digests; a resumed batch must find the same."""
+    source = Path(config.source)
+    folder = source if source.is_dir() else source.parent
+    return {
+        "format_version": 1,
+        "system": SYSTEM,
+        "config": config.model_dump(mode="json"),
+        "terminology": {
+            "name": terminology.name,
+            "version": terminology.version,
+            "digest": terminology.digest,
+        },
+        "model": None if config.model is None else _model_digest(Path(config.model)),
+        "patient_map": _optional_digest(config.patient_map),
+        "vocabulary": _optional_digest(config.vocabulary),
+        "export": {
+            str(path.relative_to(folder) if path.is_relative_to(folder) else path): file_digest(path) for path in inputs
+        },
+    }
+
+
+_CHANGED = {
+    "export": "the export changed",
+    "terminology": "the terminology changed",
+    "model": "the model changed",
+    "patient_map": "the patient map changed",
+    "vocabulary": "the vocabulary changed",
+    "system": "clinical_nlp is another version",
+}
+
+
+def settle_plan(output: Path, plan: dict[str, Any]) -> None:
+    """Write the plan of a new batch, or check that a resumed one still has the plan it was begun with.
+
+    Raises
+    ------
+    RunError : something that the outputs depend on is not what it was.
+    """
+    file = output / "plan.json"
+    if not file.exists():
+        write_json(file, plan)
+        return
+    try:
+        begun = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        raise RunError(f"{file} is damaged; start again with another --output") from None
+    for key, value in plan.items():
+        if begun.get(key) != value:
+            what = _CHANGED.get(key, f"{key} changed")
+            raise RunError(f"{output} cannot be resumed: {what} since it was begun; start again with another --output")
+
+
+def _optional_digest(file: str | None) -> str | None:
+    if file is None:
+        return None
+    if not Path(file).is_file():
+        raise MissingDataError(f"{file} does not exist")
+    return file_digest(Path(file))
+
+
+def _model_digest(folder: Path) -> str:
+    """Digest of a run directory without its checkpoints and logs."""
+    if not folder.is_dir():
+        raise MissingDataError(f"model {folder} is not a run directory")
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if path.is_file() and inner.parts[0] not in ("checkpoints", ".cache") and path.suffix != ".jsonl":
+            digest.update(f"{inner.as_posix()} {file_digest(path)}\n".encode())
+    return digest.hexdigest()

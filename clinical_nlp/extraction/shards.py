@@ -1,0 +1,312 @@
+"""One shard: annotate its notes, write its files, and last the ledger record that says it is done."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clinical_nlp.errors import RunError
+from clinical_nlp.extraction.plan import Shard
+from clinical_nlp.notes.schema import Note, Skipped
+from clinical_nlp.notes.writers.note_nlp import snippet
+from clinical_nlp.notes.writers.table import MENTION_SCHEMA, write_table
+from clinical_nlp.runs import file_digest, write_json
+
+NOTES_SCHEMA = pa.schema(
+    [
+        pa.field("number", pa.int64(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("institution", pa.string()),
+        pa.field("note_id", pa.string()),
+        pa.field("patient_id", pa.string()),
+        pa.field("encounter_id", pa.string()),
+        pa.field("note_type", pa.string()),
+        pa.field("written_at", pa.timestamp("us", tz="UTC")),
+        pa.field("language", pa.string()),
+        pa.field("status", pa.string()),
+        pa.field("n_characters", pa.int64()),
+        pa.field("text_sha256", pa.string()),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("n_mentions", pa.int64(), nullable=False),
+    ]
+)
+"""One row a record of the export: `outcome` is done, skipped (`reason` is the rule) or rejected."""
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("number", pa.int64(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("note_id", pa.string()),
+        pa.field("patient_id", pa.string()),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+"""What could not be used: `stage` is reading or extraction; `reason` never holds note text."""
+
+STAGED_SCHEMA = MENTION_SCHEMA.append(pa.field("snippet", pa.string())).append(pa.field("sentence", pa.string()))
+"""Mentions before `copied_from` is known, with what the later steps need: `sentence` is a digest."""
+
+STAGE = ".work"
+"""Folder inside the output for what is gone when the batch ends."""
+COPIED_SENTENCE = 40
+"""A sentence shorter than this many characters is not evidence of copying: "No fever." recurs by itself."""
+
+_LANES = ("dictionary", "model", "both")
+
+
+class SpanMismatchError(Exception):
+    """A mention whose text is not what stands at its offsets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """The outcome of one note: mention rows, or the reason why there are none."""
+
+    rows: tuple[dict[str, Any], ...] = ()
+    reason: str | None = None
+
+
+class Extractor:
+    """What turns a note into mentions: the dictionary annotator, and a model where one is given."""
+
+    def __init__(self, terminology: str, model: str | None = None) -> None:
+        from clinical_nlp.language.mentions import Annotator
+
+        self._annotator = Annotator(terminology)
+        self._predictor: Any = None
+        if model is not None:
+            from clinical_nlp.tasks.ner import NerPredictor
+
+            self._predictor = NerPredictor.load(Path(model))
+
+    def annotate(self, notes: Sequence[Note]) -> list[Annotated]:
+        """Annotate notes; one that cannot be annotated is rejected with the name of the error, and the rest go on."""
+        predicted = self._predict([note.text for note in notes])
+        return [self._annotate(note, spans) for note, spans in zip(notes, predicted, strict=True)]
+
+    def _predict(self, texts: list[str]) -> list[list[Any] | str]:
+        """Return the model's spans of each text, or the name of the error that the text makes it raise."""
+        if self._predictor is None or not texts:
+            return [[] for _ in texts]
+        with _one_thread():
+            try:
+                return list(self._predictor.predict(texts))
+            except Exception:
+                return [self._predict_alone(text) for text in texts]
+
+    def _predict_alone(self, text: str) -> list[Any] | str:
+        try:
+            return list(self._predictor.predict([text])[0])
+        except Exception as error:
+            return type(error).__name__
+
+    def _annotate(self, note: Note, spans: list[Any] | str) -> Annotated:
+        if isinstance(spans, str):
+            return Annotated(reason=spans)
+        try:
+            return Annotated(rows=tuple(self._rows(note, spans)))
+        # The message of an unknown error may quote the note, so only its type is kept.
+        except Exception as error:
+            return Annotated(reason=type(error).__name__)
+
+    def _rows(self, note: Note, spans: list[Any]) -> Iterator[dict[str, Any]]:
+        from clinical_nlp.language.sentences import find_sentences
+
+        mentions = self._annotator.annotate(note.text, extra_spans=spans)
+        if not mentions:
+            return
+        terminology = self._annotator.terminology
+        sentences = find_sentences(note.text)
+        starts = [start for start, _ in sentences]
+        for mention in mentions:
+            covered = note.text[mention.start : mention.end]
+            covered.encode("utf-8")
+            if covered != mention.text or not covered or mention.lane not in _LANES:
+                raise SpanMismatchError
+            place = bisect.bisect_right(starts, mention.start) - 1
+            said = mention.assertion
+            yield {
+                "institution": note.institution,
+                "note_id": note.note_id,
+                "patient_id": note.patient_id,
+                "encounter_id": note.encounter_id,
+                "note_type": note.note_type,
+                "written_at": note.written_at,
+                "start": mention.start,
+                "end": mention.end,
+                "text": covered,
+                "concept_id": mention.concept_id,
+                "concept_label": mention.concept_id and terminology.label(mention.concept_id),
+                "label": mention.label,
+                "presence": said.presence,
+                "temporality": said.temporality,
+                "modality": said.modality,
+                "experiencer": said.experiencer,
+                "cues": [{"value": value, "start": start, "end": end} for value, start, end in said.cues],
+                "section": mention.section,
+                "score": round(float(mention.score), 4),
+                "lane": mention.lane,
+                "copied_from": None,
+                "snippet": snippet(note.text, mention.start, mention.end).encode("utf-8", "replace").decode(),
+                "sentence": _sentence_digest(note.text, sentences[place]) if place >= 0 else None,
+            }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hold torch to one thread: sums come out the same however many workers share the machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _sentence_digest(text: str, sentence: tuple[int, int]) -> str | None:
+    words = " ".join(text[sentence[0] : sentence[1]].split())
+    if len(words) < COPIED_SENTENCE:
+        return None
+    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> dict[str, Any]:
+    """Write the files of a shard and then its ledger record, each atomically.
+
+    Parameters
+    ----------
+    output : the run directory.
+    shard : what was processed.
+    annotated : the outcome of each note of the shard, in order.
+
+    Returns
+    -------
+    The ledger record: digest of the inputs, counts, and the digest of each file.
+
+    Raises
+    ------
+    RunError : the disk is full or the folder cannot be written.
+    """
+    outcomes = iter(annotated)
+    notes: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    mentions: list[dict[str, Any]] = []
+    for number, record in enumerate(shard.records, start=shard.first):
+        row: dict[str, Any] = {"number": number, "source": record.source, "n_mentions": 0}
+        row |= {"note_id": record.note_id, "patient_id": record.patient_id}
+        if isinstance(record, Note):
+            outcome = next(outcomes)
+            stage, reason = "extraction", outcome.reason
+            mentions.extend(outcome.rows)
+            row |= {
+                "institution": record.institution,
+                "encounter_id": record.encounter_id,
+                "note_type": record.note_type,
+                "written_at": record.written_at,
+                "language": record.language,
+                "status": record.status,
+                "n_characters": len(record.text),
+                "text_sha256": record.text_sha256,
+                "outcome": "done" if reason is None else "rejected",
+                "n_mentions": len(outcome.rows),
+            }
+        elif isinstance(record, Skipped):
+            stage, reason = "reading", record.rule
+            row["outcome"] = "skipped"
+        else:
+            stage, reason = "reading", record.reason
+            row["outcome"] = "rejected"
+        row["reason"] = reason
+        notes.append(row)
+        if row["outcome"] == "rejected":
+            rejected.append({**row, "stage": stage})
+
+    name = f"part-{shard.index:06d}.parquet"
+    tables = {
+        f"{STAGE}/mentions/{name}": pa.Table.from_pylist(mentions, schema=STAGED_SCHEMA),
+        f"notes/{name}": pa.Table.from_pylist(notes, schema=NOTES_SCHEMA),
+    }
+    if rejected:
+        tables[f"rejected/{name}"] = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
+    with clear_write_errors(output):
+        files = {file: write_table(output / file, table) for file, table in tables.items()}
+        counts = {outcome: sum(row["outcome"] == outcome for row in notes) for outcome in ("done", "skipped")}
+        entry = {
+            "shard": shard.index,
+            "first": shard.first,
+            "input_digest": shard.digest,
+            "records": len(notes),
+            **counts,
+            "rejected": len(rejected),
+            "mentions": len(mentions),
+            "files": files,
+        }
+        write_json(ledger_file(output, shard.index), entry)
+    return entry
+
+
+def ledger_file(output: Path, index: int) -> Path:
+    """Return where the record of a shard is."""
+    return output / "ledger" / f"{index:06d}.json"
+
+
+def finished(output: Path, shard: Shard, *, staged: bool = True) -> dict[str, Any] | None:
+    """Return the ledger record of a shard that is done and whose files still verify, else None.
+
+    Parameters
+    ----------
+    output, shard : the run directory, and the shard as it is read now.
+    staged : False where the outputs are already made, so that the staged files are not needed any more.
+
+    Raises
+    ------
+    RunError : the shard was done from other records than these.
+    """
+    record = _record(output, shard.index)
+    if record is None:
+        return None
+    if record["input_digest"] != shard.digest:
+        raise RunError(
+            f"{output} cannot be resumed: the export reads differently than when it was begun "
+            f"(records {shard.first + 1} to {shard.first + len(shard.records)}); start again with another --output"
+        )
+    files = {file: digest for file, digest in record["files"].items() if staged or not file.startswith(STAGE)}
+    return record if verifies(output, files) else None
+
+
+def _record(output: Path, index: int) -> dict[str, Any] | None:
+    """Return a ledger record; a damaged or absent one is None."""
+    try:
+        record = json.loads(ledger_file(output, index).read_text("utf-8"))
+        return record if {"input_digest", "files", "mentions", "done"} <= set(record) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def verifies(output: Path, files: Mapping[str, str]) -> bool:
+    """Say whether every file is there with the digest it was written with."""
+    return all((output / file).is_file() and file_digest(output / file) == digest for file, digest in files.items())
+
+
+@contextmanager
+def clear_write_errors(output: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"no space left for {output}; free some and add --resume: nothing done is lost") from None
+        raise RunError(f"{output} cannot be written ({error.strerror}); mend that and add --resume") from None
