@@ -57,9 +57,10 @@ def join(pieces: Iterator[Piece | Rejected], reading: Reading) -> Iterator[Joine
                 "source VARCHAR, fields VARCHAR)"
             )
             yield from _store(pieces, connection)
+            # Rows are fetched as they are sorted; DuckDB's Arrow output would copy the whole result.
             ordered = connection.execute(
                 "SELECT * FROM piece ORDER BY note_id, try_cast(version AS BIGINT) NULLS FIRST, version, line, number"
-            ).to_arrow_reader(256)
+            )
             yield from _notes(ordered, reading)
         except duckdb.Error:
             raise InputError(
@@ -100,7 +101,8 @@ def _insert(batch: list[tuple[Any, ...]], connection: Any) -> None:
 
 
 def _notes(ordered: Any, reading: Reading) -> Iterator[Joined | Record]:
-    pieces = (row for batch in ordered for row in batch.to_pylist())
+    names = ("note_id", "version", "line", "number", "text", "source", "fields")
+    pieces = (dict(zip(names, row, strict=True)) for row in iter(ordered.fetchone, None))
     for note_id, rows in groupby(pieces, key=lambda row: row["note_id"]):
         previous: Joined | Rejected | None = None
         for _, version in groupby(rows, key=lambda row: row["version"]):

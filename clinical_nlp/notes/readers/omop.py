@@ -16,7 +16,7 @@ A folder with one file (or one folder of files) a table, as CSV, JSON Lines or P
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -109,7 +109,7 @@ class _Tables:
             raise UsageError(f"{source} holds {len(databases)} DuckDB files; name the one to read")
         if databases:
             self._database = DuckDb(databases[0], reading.name(databases[0]), reading.index.folder)
-            if "note" not in self._database.tables:
+            if "note" not in self._database:
                 self._database.close()
                 raise InputError(f"{databases[0].name} has no table NOTE")
 
@@ -124,7 +124,7 @@ class _Tables:
 
     def has(self, table: str) -> bool:
         """Tell whether the source has a table."""
-        return table in self._database.tables if self._database is not None else bool(self.files[table])
+        return table in self._database if self._database is not None else bool(self.files[table])
 
     def note_columns(self) -> dict[str, list[str]]:
         """Return the columns of NOTE, for each file of it that can be opened."""
@@ -139,22 +139,18 @@ class _Tables:
                 continue  # told when its rows are read
         return {name: present for name, present in found.items() if present}
 
-    def file_rows(self, path: Path, name: str, wanted: set[str]) -> Iterator[Row | Rejected]:
-        return rows(path, name, self._reading.options.encoding, wanted)
-
-    def database_rows(self, table: str) -> Iterator[Row | Rejected]:
-        assert self._database is not None
-        return self._database.rows(table)
-
     def linked(self, table: str, wanted: set[str]) -> Iterator[Row]:
         """Yield the good rows of a table that notes are joined to; what cannot be read is counted."""
         remark = f"rows or files of {table.upper()} could not be read"
         if not self.has(table):
             return
         sources = (
-            [self._database.rows(table)]
+            [self._database.rows(table, wanted)]
             if self._database is not None
-            else [self.file_rows(path, self._reading.name(path), wanted) for path in self.files[table]]
+            else [
+                rows(path, self._reading.name(path), self._reading.options.encoding, wanted)
+                for path in self.files[table]
+            ]
         )
         for source in sources:
             try:
@@ -166,9 +162,18 @@ class _Tables:
             except UnreadableError:
                 self._reading.remarks[remark] += 1
 
-    def in_database(self) -> bool:
-        """Tell whether the tables are in a DuckDB file."""
-        return self._database is not None
+    def notes(self, wanted: set[str], to_record: Callable[[Row], Record]) -> Iterator[Record]:
+        """Yield the record of every row of NOTE."""
+
+        def records(path: Path, name: str) -> Iterator[Record]:
+            for row in rows(path, name, self._reading.options.encoding, wanted):
+                yield row if isinstance(row, Rejected) else to_record(row)
+
+        if self._database is None:
+            yield from over_files(self.files["note"], self._reading, records)
+        else:
+            for row in self._database.rows("note", wanted):
+                yield row if isinstance(row, Rejected) else to_record(row)
 
 
 def read(reading: Reading) -> Iterator[Record]:
@@ -183,16 +188,7 @@ def read(reading: Reading) -> Iterator[Record]:
         _index_concepts(tables, reading, wanted)
         if level == "care_site" and not (options.institution and options.institution_from is None):
             _index_visits(tables, reading)
-
-        def records(path: Path, name: str) -> Iterator[Record]:
-            for row in tables.file_rows(path, name, wanted):
-                yield row if isinstance(row, Rejected) else _note(row, level, reading)
-
-        if tables.in_database():
-            for row in tables.database_rows("note"):
-                yield row if isinstance(row, Rejected) else _note(row, level, reading)
-        else:
-            yield from over_files(tables.files["note"], reading, records)
+        yield from tables.notes(wanted, lambda row: _note(row, level, reading))
 
 
 def patients(reading: Reading) -> Iterator[Patient]:

@@ -15,7 +15,7 @@ from clinical_nlp.notes.readers.files import MAX_RECORD_BYTES, UnreadableError, 
 from clinical_nlp.notes.schema import Rejected
 
 _DELIMITERS = ",;\t|"
-_PARQUET_BATCH = 64
+_BATCH = 64
 """Rows a batch: small, since a row may hold a note of megabytes."""
 SUFFIXES = (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".ndjson")
 """Names of tables, each also with .gz."""
@@ -252,24 +252,20 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
     with file:
         names = file.schema_arrow.names
         chosen = None if wanted is None else [column for column in names if column.lower() in wanted]
-        batches = file.iter_batches(batch_size=_PARQUET_BATCH, columns=chosen)
-        yield from _arrow_rows(batches, name)
-
-
-def _arrow_rows(batches: Any, name: str) -> Iterator[Row | Rejected]:
-    number = 0
-    while True:
-        with _parquet_errors(name):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        for row in _python_rows(batch):
-            number += 1
-            source = f"{name}:row {number}"
-            if row is None:
-                yield Rejected(source, "a value of the row cannot be read (text that is not UTF-8)")
-            else:
-                yield Row(source, row)
+        batches = file.iter_batches(batch_size=_BATCH, columns=chosen)
+        number = 0
+        while True:
+            with _parquet_errors(name):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for row in _python_rows(batch):
+                number += 1
+                source = f"{name}:row {number}"
+                if row is None:
+                    yield Rejected(source, "a value of the row cannot be read (text that is not UTF-8)")
+                else:
+                    yield Row(source, row)
 
 
 def _python_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
@@ -297,38 +293,56 @@ class DuckDb:
         import duckdb
 
         self._name = name
-        settings = {"memory_limit": "512MB", "threads": "1", "temp_directory": str(scratch)}
+        settings = {"memory_limit": "256MB", "threads": "1", "temp_directory": str(scratch)}
         try:
             self._connection = duckdb.connect(str(path), read_only=True, config=settings)  # type: ignore[arg-type]
             found = self._connection.execute(
-                "SELECT table_schema, table_name FROM information_schema.tables ORDER BY table_schema <> 'main', ALL"
+                "SELECT table_schema, table_name, column_name, data_type FROM information_schema.columns "
+                "ORDER BY table_schema <> 'main', table_schema, table_name, ordinal_position"
             ).fetchall()
         except duckdb.Error:
-            raise UnreadableError(
-                name, "is not a readable DuckDB file (damaged, locked, or of a newer version)"
-            ) from None
-        self.tables: dict[str, str] = {}
-        for schema, table in found:
-            self.tables.setdefault(table.lower(), f'"{schema}"."{table}"'.replace("\0", ""))
+            reason = "is not a readable DuckDB file (damaged, locked, or of a newer version)"
+            raise UnreadableError(name, reason) from None
+        self._tables: dict[str, tuple[str, dict[str, str]]] = {}
+        for schema, table, column, kind in found:
+            address = f"{_quoted(schema)}.{_quoted(table)}"
+            known, types = self._tables.setdefault(table.lower(), (address, {}))
+            if known == address:
+                types[column] = kind
+
+    def __contains__(self, table: str) -> bool:
+        return table in self._tables
 
     def columns(self, table: str) -> list[str]:
         """Return the columns of a table as they are spelled."""
-        self._connection.execute(f"SELECT * FROM {self.tables[table]} LIMIT 0")
-        return [column[0] for column in self._connection.description or ()]
+        return list(self._tables[table][1])
 
-    def rows(self, table: str) -> Iterator[Row | Rejected]:
-        """Yield the rows of a table in the order they are stored."""
+    def rows(self, table: str, wanted: Collection[str]) -> Iterator[Row | Rejected]:
+        """Yield the wanted columns of a table's rows, in the order they are stored."""
         import duckdb
 
-        name = f"{self._name}/{table}"
+        address, types = self._tables[table]
+        chosen = {column: kind for column, kind in types.items() if column.lower() in wanted}
+        keys = [column.lower() for column in chosen]
+        # Times as text: a time that Python cannot hold would end the whole table.
+        listed = ", ".join(
+            f"CAST({_quoted(column)} AS VARCHAR)" if kind.startswith(("TIME", "DATE")) else _quoted(column)
+            for column, kind in chosen.items()
+        )
+        number = 0
         try:
-            reader = (
-                self._connection.cursor().execute(f"SELECT * FROM {self.tables[table]}").to_arrow_reader(_PARQUET_BATCH)
-            )
+            result = self._connection.cursor().execute(f"SELECT {listed} FROM {address}")
+            while batch := result.fetchmany(_BATCH):
+                for values in batch:
+                    number += 1
+                    yield Row(f"{self._name}/{table}:row {number}", dict(zip(keys, values, strict=True)))
         except duckdb.Error:
-            raise UnreadableError(name, "cannot be read from the DuckDB file") from None
-        yield from _arrow_rows(reader, name)
+            raise UnreadableError(f"{self._name}/{table}", "cannot be read further from the DuckDB file") from None
 
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -245,7 +245,7 @@ def _clarity(texts: list[Path], infos: list[Path], reading: Reading) -> Iterator
             wanted = " or ".join(column.upper() for column in _CLARITY[lacking[0]])
             raise UsageError(f"table {reading.name(path)} has no column {wanted}; a Clarity note table needs it")
     if level is not None and level.lower() not in seen:
-        raise UsageError(f"institution_from {level!r} is a column of none of the tables{nearest(level, seen)}")
+        raise UsageError(f"institution_from {level!r} is a column of none of the tables{nearest(level, set(seen))}")
 
     def pieces(path: Path, name: str) -> Iterator[Any]:
         for row in rows(path, name, options.encoding, set(mappings[path].values())):
