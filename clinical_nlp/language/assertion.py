@@ -46,6 +46,11 @@ _BOX = re.compile(
 _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)])[ \t]*\w")
 
 
+_CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
+_OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
+_CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
+
+
 class _Rule(NamedTuple):
     kind: str  # cue, pseudo or end
     axis: str  # empty: all axes (of an end)
@@ -83,9 +88,11 @@ def _trie() -> dict[str, Any]:
             node = root
             for word in _TOKEN.findall(" ".join(choice)):
                 node = node.setdefault(word, {})
-            rules = node.setdefault("", [])
+            by_axis = node.setdefault("", {})
+            rules = by_axis.setdefault("end " + rule.axis if rule.kind == "end" else rule.axis, [])
             if rule not in rules:
                 rules.append(rule)
+                rules.sort(key=lambda r: r.kind != "pseudo")
     return root
 
 
@@ -170,29 +177,44 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     root = _trie()
     found: list[_Cue] = []
     count = len(words)
-    reached = hidden_until = 0
+    reached: dict[str, int] = {}
+    hidden: dict[str, int] = {}
     for at in range(count):
         node = root.get(words[at])
-        if node is None or at < hidden_until:
+        if node is None:
             continue
-        best: list[_Rule] | None = node.get("")
-        last = look = at + 1
-        while look < count:
-            node = node.get(words[look])
-            if node is None:
-                break
+        # The longest phrase from here for each axis; one that lies inside an earlier phrase of its axis is dropped.
+        longest: dict[str, tuple[int, list[_Rule]]] = {}
+        look = at + 1
+        while node is not None:
+            for key, rules in node.get("", {}).items():
+                longest[key] = (look, rules)
+            node = node.get(words[look]) if look < count else None
             look += 1
-            if "" in node:
-                best, last = node[""], look
-        if best is None or last <= reached:
-            continue
-        reached = last  # `is negative` and `negative for` may overlap; what lies inside a longer cue may not
-        start, end = starts[at], ends[last - 1]
-        if best[0].kind == "pseudo":
-            hidden_until = last
-        inside = any(s <= start and end <= e for s, e in spans)
-        if not inside or (words[at] in ("no", "denies", "without") and any(s == start and end < e for s, e in spans)):
-            found += [_Cue(rule, at, last, start, end) for rule in best if rule.kind != "pseudo"]
+        for key, (last, rules) in longest.items():
+            if last <= reached.get(key, 0) or (rules[0].kind == "end" and at < max(reached.values(), default=0)):
+                continue
+            if rules[0].kind == "pseudo":
+                # Nothing may start inside a pseudo cue, so what begins here and ends later is hidden too.
+                hidden[key] = last
+            reached[key] = last
+            if at < hidden.get(key, 0) and rules[0].kind != "pseudo":
+                continue
+            start, end = starts[at], ends[last - 1]
+            inside = any(s <= start and end <= e for s, e in spans)
+            if inside and not (words[at] in _OPENERS and any(s == start and end < e for s, e in spans)):
+                continue
+            following = words[last] if last < count else "."
+            closes = following in _CLAUSE_ENDS and at > 0 and words[at - 1] not in _CLAUSE_STARTS
+            twofold = len({rule.direction for rule in rules if rule.kind == "cue"}) > 1
+            for rule in rules:
+                if rule.kind == "pseudo":
+                    continue
+                if rule.direction == "both":
+                    found += [_Cue(rule._replace(direction=d), at, last, start, end) for d in ("backward", "forward")]
+                # A word that works both ways (`denied`, `likely`) looks back only where its clause ends.
+                elif not twofold or (rule.direction == "backward") == closes:
+                    found.append(_Cue(rule, at, last, start, end))
     return found
 
 
@@ -205,7 +227,7 @@ def _decide(
     skip = -1
     answer = _ANSWER.match(text, end, stop)
     box = _BOX.search(text, max(begin, start - 6), start)
-    for found in (answer, box):
+    for found in (box, answer):
         if found is not None and found.lastgroup and "presence" not in chosen:
             group = found.lastgroup
             value = {"minus": "absent", "plus": "present", "query": "uncertain"}.get(group, group)
