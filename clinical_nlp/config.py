@@ -127,6 +127,15 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
+def _represent_word(dumper: Any, word: str) -> Any:
+    # PyYAML folds these line breaks into plain ones unless the word is in double quotes, where it escapes them.
+    quoted = any(character in word for character in "\r\x85\u2028\u2029\ufeff")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", word, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _represent_word)
+
+
 def _from_yaml(text: str) -> Any:
     loader = _Loader(text)
     try:

@@ -37,8 +37,8 @@ ROOMS = (
 AGREED = {("tasks", "clinical_nlp.statistics.intervals")}
 """What a room may import from a later one: scores carry intervals."""
 
-# Where a file legitimately does what is forbidden elsewhere, and why.
-PICKLE_ALLOWED: set[str] = set()
+HEAVY_AT_THE_TOP = {"clinical_nlp/language/components.py"}
+"""spaCy registers a component by a decorator; only who wants the components imports the module."""
 
 
 def modules() -> list[Path]:
@@ -97,7 +97,7 @@ def test_nothing_unsafe_is_called(path: Path) -> None:
     relative = str(path.relative_to(ROOT))
     for line, module in imports(tree):
         unsafe = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
-        assert module.partition(".")[0] not in unsafe or relative in PICKLE_ALLOWED, f"line {line}: {module}"
+        assert module.partition(".")[0] not in unsafe, f"line {line}: {module}"
         parsers = ("xml.etree", "xml.dom", "xml.sax", "lxml")
         assert not module.startswith(parsers), f"line {line}: XML is read through defusedxml, not {module}"
     for node in ast.walk(tree):
@@ -116,7 +116,7 @@ def test_nothing_unsafe_is_called(path: Path) -> None:
         assert not says("shell", True), where
         assert not says("trust_remote_code", True), where
         assert not says("allow_pickle", True), where
-        if name in ("torch.load", "load") and name == "torch.load":
+        if name == "torch.load":
             assert says("weights_only", True), f"{where} without weights_only=True"
 
 
@@ -146,6 +146,8 @@ def test_heavy_libraries_wait_for_the_function_that_needs_them() -> None:
     heavy = {"torch", "transformers", "spacy", "pyspark", "pandas", "duckdb", "sklearn", "matplotlib", "trl", "peft"}
     found = []
     for path in MODULES:
+        if str(path.relative_to(ROOT)) in HEAVY_AT_THE_TOP:
+            continue
         for node in ast.parse(path.read_bytes()).body:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
