@@ -93,10 +93,11 @@ def load(path: Path | None = None, *, transcripts: str = "challenge", test_set: 
 
 
 def _files(root: Path, stem: str, transcripts: str) -> list[Path]:
+    wanted: list[tuple[str, ...]]
     if transcripts == "challenge":
-        wanted: list[tuple[str, ...]] = [(f"{stem}.csv", f"clinicalnlp_*_{stem}.csv", f"clef_*_{stem}.csv")]
+        wanted = [(f"{stem}.csv", f"clinicalnlp_*_{stem}.csv", f"clef_*_{stem}.csv")]
     else:
-        wanted: list[tuple[str, ...]] = [(f"{stem}_{system}_{transcripts}.csv",) for system in _SYSTEMS]
+        wanted = [(f"{stem}_{system}_{transcripts}.csv",) for system in _SYSTEMS]
     return [file for patterns in wanted if (file := find(root, *patterns)) is not None]
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from datetime import date, datetime
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from clinical_nlp.corpora._files import collect, find, listed, loaded, missing
 from clinical_nlp.errors import UsageError, nearest
 from clinical_nlp.notes.corpus import Card, Corpus, corpus_path
-from clinical_nlp.notes.readers import ReadOptions, read_notes
-from clinical_nlp.notes.readers.dates import parse_date
-from clinical_nlp.notes.readers.demographics import sex_of
+from clinical_nlp.notes.readers import ReadOptions, read_notes, read_patients
 from clinical_nlp.notes.readers.rows import Row, rows, text_value
-from clinical_nlp.notes.schema import CODE_SCHEMA, PATIENT_SCHEMA, Note, Record
+from clinical_nlp.notes.schema import CODE_SCHEMA, PATIENT_SCHEMA, Record, Skipped
 
 CARD = Card(
     name="mimic_iv_note",
@@ -34,11 +31,9 @@ CARD = Card(
     folder="mimic-iv-note",
     contains_phi=True,
 )
-_Moment = TypeVar("_Moment", date, datetime)
 _TABLES = ("discharge", "radiology")
 _ICD_TABLES = (("diagnoses_icd", True), ("procedures_icd", False))
 _CODE = re.compile(r"[0-9A-Z]{2,7}")
-_GROUP = re.compile(r"(\d{4}) - (\d{4})")
 
 
 def load(path: Path | None = None, *, tables: str | Sequence[str] = _TABLES) -> Corpus:
@@ -46,15 +41,10 @@ def load(path: Path | None = None, *, tables: str | Sequence[str] = _TABLES) -> 
 
     Parameters
     ----------
-    path : folder with `discharge.csv.gz` and `radiology.csv.gz` (or .csv) at any depth, as many as are there.
-    tables : which of the two; a comma-separated string will do. Both together need about 12 GB of memory.
-
-    Notes
-    -----
-    MIMIC moves the dates of a patient by a random number of years. With `patients.csv.gz`, `written_at` is moved back
-    into the patient's `anchor_year_group`: the year of the anchor becomes the first year of the group, so that dates
-    of different patients agree within three years and a split by time means something. Without it they stay as
-    released and compare only within a patient.
+    path : folder with `discharge.csv.gz` and `radiology.csv.gz` (or .csv) at any depth, as many as are there; with
+        `patients.csv.gz` below it, `written_at` is moved back into each patient's anchor_year_group (see
+        `clinical_nlp.notes.readers.mimic`), without it a split by time means nothing.
+    tables : which of the two; a comma-separated string will do. Both together are 2.7 million texts in memory.
 
     Returns
     -------
@@ -67,32 +57,17 @@ def load(path: Path | None = None, *, tables: str | Sequence[str] = _TABLES) -> 
         if name not in _TABLES:
             raise UsageError(f"corpus option tables: {name!r} is not known{nearest(name, _TABLES)}")
     root = corpus_path(CARD, path)
-    files = [file for name in chosen if (file := _table(root, name)) is not None]
-    if not files:
+    if not any(_table(root, name) for name in chosen):
         raise missing(CARD, root, " or ".join(f"{name}.csv.gz" for name in chosen))
-    left_out: Counter[str] = Counter()
-    patients, years = _patients(_table(root, "patients"), left_out)
     options = ReadOptions(institution="BIDMC")
-    undated = 0
-
-    def dated(records: Iterable[Record]) -> Iterator[Record]:
-        nonlocal undated
-        for record in records:
-            if isinstance(record, Note) and years and record.written_at is not None:
-                shift = years.get(record.patient_id)
-                undated += shift is None
-                record = replace(record, written_at=None if shift is None else _moved(record.written_at, shift))
-            yield record
-
-    read = [collect(dated(read_notes(file, format="mimic", options=options))) for file in files]
-    notes = pa.concat_tables([table for table, _ in read])
-    for _, without in read:
-        left_out += without
+    notes, left_out = collect(_of_tables(read_notes(root, format="mimic", options=options), chosen))
     codes = _codes(root, notes, left_out)
-    counts = f"{len(notes)} notes, {0 if codes is None else len(codes)} codes, "
-    counts += "dates by anchor_year_group" if years else "dates as released (moved by years, no patients.csv.gz)"
-    if undated:
-        counts += f", {undated} notes without a date because patients.csv.gz lacks their patient"
+    patients = None
+    if _table(root, "patients") is not None:
+        found = read_patients(root, format="mimic", options=options)
+        patients = pa.Table.from_pylist([asdict(patient) for patient in found], schema=PATIENT_SCHEMA)
+    counts = f"{len(notes)} notes, {0 if codes is None else len(codes)} codes, dates "
+    counts += "by anchor_year_group" if patients is not None else "as released: moved by years, no patients.csv.gz"
     return Corpus(notes=notes, card=loaded(CARD, counts + listed(left_out)), codes=codes, patients=patients)
 
 
@@ -100,35 +75,13 @@ def _table(root: Path, name: str) -> Path | None:
     return find(root, f"{name}.csv.gz", f"{name}.csv")
 
 
-def _patients(file: Path | None, left_out: Counter[str]) -> tuple[pa.Table | None, dict[str, int]]:
-    """Return the patients, and by how many years the dates of each are to be moved."""
-    if file is None:
-        return None, {}
-    found: list[dict[str, Any]] = []
-    years: dict[str, int] = {}
-    for row in rows(file, file.name, "utf-8"):
-        patient = text_value(row.get("subject_id")) if isinstance(row, Row) else None
-        if not isinstance(row, Row) or patient is None:
-            left_out[f"rejected (row of {file.name} without a subject_id)"] += 1
-            continue
-        group = _GROUP.fullmatch(text_value(row.get("anchor_year_group")) or "")
-        anchor = text_value(row.get("anchor_year")) or ""
-        if group and anchor.isdecimal():
-            years[patient] = int(group[1]) - int(anchor)
+def _of_tables(records: Iterable[Record], chosen: Sequence[str]) -> Iterator[Record]:
+    for record in records:
+        table = Path(record.source).name.split(".")[0]
+        if table in chosen:
+            yield record
         else:
-            left_out[f"rejected (anchor of a row of {file.name} without a year and a group)"] += 1
-        death = parse_date(row.get("dod"))
-        if death is not None and patient in years:
-            death = _moved(death, years[patient])
-        found.append({"patient_id": patient, "sex": sex_of(text_value(row.get("gender"))), "death_date": death})
-    return pa.Table.from_pylist(found, schema=PATIENT_SCHEMA), years
-
-
-def _moved(when: _Moment, years: int) -> _Moment:
-    try:
-        return when.replace(year=when.year + years)
-    except ValueError:
-        return when.replace(year=when.year + years, day=28)  # 29 February
+            yield Skipped(record.source, f"table {table} was not asked for")
 
 
 def _codes(root: Path, notes: pa.Table, left_out: Counter[str]) -> pa.Table | None:
