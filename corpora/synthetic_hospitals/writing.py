@@ -902,7 +902,7 @@ class Writer:
         else:
             shown = list(self._spoken)
             if shown:
-                writers = [lambda item=item: self._say("img_pos", f=(item, PRESENT)) for item in shown]  # type: ignore[misc]
+                writers = [lambda item=item: self._say("img_sum", f=(item, PRESENT)) for item in shown]  # type: ignore[misc]
             else:
                 writers = [lambda: self._say("img_clear")]
             suspected = [item for item in patient.uncertain if item not in shown]
