@@ -26,6 +26,12 @@ CARD = Card(
     obtain="give the folder or file of the export as corpus.path and its format as corpus.options.format",
     contains_phi=True,
 )
+_DEFAULT_LEVEL = {
+    "fhir": "custodian",
+    "omop": "care_site",
+    "mimic": "the constant BIDMC",
+    "table": "the column for institution",
+}
 _PATHS = ("attachments", "patient_map", "scratch")
 
 
@@ -59,7 +65,9 @@ def load(path: Path | None = None, *, format: str, **options: Any) -> Corpus:
         {name: getattr(patient, name) for name in PATIENT_SCHEMA.names}
         for patient in read_patients(source, format=format, options=chosen)
     ]
-    level = chosen.institution_from or (f"the constant {chosen.institution}" if chosen.institution else "its default")
+    level = chosen.institution_from or (
+        f"the constant {chosen.institution}" if chosen.institution else _DEFAULT_LEVEL.get(format, "none")
+    )
     card = replace(CARD, institution_means=f"what the {format} export names at the level chosen: {level}")
     return Corpus(
         notes=notes,

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from clinical_nlp.corpora._files import collect, find, listed, loaded, missing
-from clinical_nlp.errors import UsageError, nearest
+from clinical_nlp.errors import InputError, UsageError, nearest
 from clinical_nlp.notes.corpus import Card, Corpus, corpus_path
 from clinical_nlp.notes.readers import ReadOptions, read_notes, read_patients
 from clinical_nlp.notes.readers.rows import Row, rows, text_value
@@ -61,6 +61,8 @@ def load(path: Path | None = None, *, tables: str | Sequence[str] = _TABLES) -> 
         raise missing(CARD, root, " or ".join(f"{name}.csv.gz" for name in chosen))
     options = ReadOptions(institution="BIDMC")
     notes, left_out = collect(_of_tables(read_notes(root, format="mimic", options=options), chosen))
+    if not len(notes):
+        raise InputError(f"{root} holds no note that can be read{listed(left_out)}")
     codes = _codes(root, notes, left_out)
     patients = None
     if _table(root, "patients") is not None:

@@ -71,6 +71,8 @@ def load(path: Path | None = None) -> Corpus:
         if part:
             parts.update({("BIDMC", name): part for name in names})
     every = pa.concat_tables(notes)
+    if not len(every):
+        raise InputError(f"{root} holds no document that can be read{listed(left_out)}")
     gold = pa.concat_tables(spans)
     counts = f"{len(every)} documents, {len(gold)} spans ({several} of several fragments){listed(left_out)}"
     return Corpus(notes=every, card=loaded(CARD, counts), spans=gold, parts=parts)

@@ -192,6 +192,19 @@ def test_n2c2_reads_a_plain_folder_and_refuses_a_document_in_two_parts(tmp_path)
         load_corpus("n2c2", tmp_path / "both")
 
 
+def test_a_corpus_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    brat(tmp_path / "training_1", "1", "", "")
+    (tmp_path / "training_1/1.txt").write_bytes(b"\xff\xff" + MARKER.encode())
+    with pytest.raises(InputError, match="no document that can be read; left out: 1 rejected") as caught:
+        load_corpus("n2c2", tmp_path)
+    assert MARKER not in str(caught.value)
+    mimic_folder(tmp_path)
+    write_gz(tmp_path / "note/radiology.csv.gz", ["note_id", "subject_id", "text"], ["", "", MARKER])
+    with pytest.raises(InputError, match="no note that can be read; left out: 3 skipped") as caught:
+        load_corpus("mimic_iv_note", tmp_path, tables="radiology")
+    assert MARKER not in str(caught.value)
+
+
 def export(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "notes.csv"
