@@ -158,11 +158,13 @@ def _frames(traceback: TracebackType | None) -> list[str]:
 
 
 def _at(traceback: TracebackType | None) -> str:
-    """Return the innermost place in this package (or, without one, anywhere)."""
+    """Return the innermost place in this package or in a recipe of the user's (without one, anywhere)."""
     frames = _frames(traceback)
-    own = [frame for frame in frames if f"{os.sep}clinical_nlp{os.sep}" in frame]
+    inside = f"{os.sep}clinical_nlp{os.sep}"
+    libraries = (sys.prefix, sys.base_prefix)
+    own = [frame for frame in frames if inside in frame or not frame.startswith(libraries)]
     place = (own or frames or [""])[-1].partition(" in ")[0]
-    return f" at {place.rpartition(f'{os.sep}clinical_nlp{os.sep}')[2]}" if place else ""
+    return f" at {place.rpartition(inside)[2]}" if place else ""
 
 
 def _write_frames(error: BaseException, output: Path | None) -> Path | None:

@@ -132,7 +132,7 @@ def find_recipe(name: str, shelf: Shelf = "recipes") -> Recipe:
         return _recipe(path, shelf)
     found = {recipe.name: recipe for recipe in list_recipes(shelf)}
     if name not in found:
-        raise UsageError(f"{kind} {name!r} is not known{nearest(name, found)}" if found else f"there is no {kind} yet")
+        raise UsageError(f"{kind} {name!r} is not known{nearest(name, found) if found else '; there is none yet'}")
     return found[name]
 
 
