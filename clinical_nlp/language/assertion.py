@@ -17,7 +17,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)
 
 
 _CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
+_NEAR = 60
 _OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
 
@@ -142,10 +143,13 @@ def assert_spans(
         begin = min(max(begin, section.start), min(s for s, _ in inside))
         stop = max(min(stop, section.end), max(e for _, e in inside))
         cues = _cues(text, begin, stop, inside)
+        cue_starts = [cue.start for cue in cues]
         carried: list[_Cue] | None = None
         for number in members:
             span = spans[number]
-            chosen = _decide(text, begin, stop, span, cues)
+            # Only cues near the span can reach it; a note without punctuation is one long sentence.
+            near = bisect_right(cue_starts, span[0])
+            chosen = _decide(text, begin, stop, span, cues[max(0, near - _NEAR) : near + _NEAR])
             if len(chosen) < len(_AXES) and _BULLET.match(text, begin):
                 if carried is None:
                     carried = _lead(text, sentences, sentence_at, section)
@@ -175,6 +179,9 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
         starts.append(token.start())
         ends.append(token.end())
     root = _trie()
+    ordered = sorted(spans)
+    span_starts = [span[0] for span in ordered]
+    furthest = list(accumulate((span[1] for span in ordered), max))
     found: list[_Cue] = []
     count = len(words)
     reached: dict[str, int] = {}
@@ -201,9 +208,12 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
             if at < hidden.get(key, 0) and rules[0].kind != "pseudo":
                 continue
             start, end = starts[at], ends[last - 1]
-            inside = any(s <= start and end <= e for s, e in spans)
-            if inside and not (words[at] in _OPENERS and any(s == start and end < e for s, e in spans)):
-                continue
+            place = bisect_right(span_starts, start) - 1
+            # A cue inside a span is part of its name, unless a longer span opens with it.
+            if place >= 0 and furthest[place] >= end:
+                opens = words[at] in _OPENERS and span_starts[place] == start and furthest[place] > end
+                if not opens:
+                    continue
             following = words[last] if last < count else "."
             closes = following in _CLAUSE_ENDS and at > 0 and words[at - 1] not in _CLAUSE_STARTS
             twofold = len({rule.direction for rule in rules if rule.kind == "cue"}) > 1

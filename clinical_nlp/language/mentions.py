@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from clinical_nlp.language.assertion import assert_spans
-from clinical_nlp.language.sections import find_sections
+from clinical_nlp.language.sections import Section, find_sections
 from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.language.terminology import Match, Matcher, load_terminology
 from clinical_nlp.notes.schema import Assertion
@@ -69,13 +69,20 @@ class Annotator:
         text : the note, unchanged.
         extra_spans : (start, end, label, score) from an NER model. One that equals a dictionary match becomes one
             mention of both lanes, with the model's label and the higher score; another is linked to a concept only
-            when its text as a whole is a name of one.
+            when its text as a whole is a name of one. White space at its edges is left out.
+
+        Raises
+        ------
+        ValueError : an extra span is empty or outside the text.
         """
-        found = merge_spans(text, self._matcher.match(text), extra_spans, self._matcher)
-        if not found:
+        matches = self._matcher.match(text)
+        if not matches and not extra_spans:
             return []
         sections = find_sections(text)
         starts = [section.start for section in sections]
+        # The header `Allergies` is no allergy; a heading of its own (`HYPERTENSION:`) has no category and may be one.
+        matches = [m for m in matches if not _in_header(sections[bisect_right(starts, m.start) - 1], m)]
+        found = merge_spans(text, matches, extra_spans, self._matcher)
         asserted = assert_spans(text, [(f[0], f[1]) for f in found], sections=sections, sentences=find_sentences(text))
         mentions = []
         for (start, end, concept_id, label, score, lane), assertion in zip(found, asserted, strict=True):
@@ -83,6 +90,10 @@ class Annotator:
             category = section.category if section.named else None
             mentions.append(Mention(start, end, text[start:end], concept_id, label, assertion, category, score, lane))
         return mentions
+
+
+def _in_header(section: Section, match: Match) -> bool:
+    return section.category != "other" and section.header_start <= match.start and match.end <= section.header_end
 
 
 def merge_spans(
@@ -96,11 +107,14 @@ def merge_spans(
     for match in matches:
         found[match.start, match.end, match.concept_id] = (PHENOTYPE, match.score, "dictionary")
     for start, end, label, score in sorted(extra_spans):
+        if not 0 <= start < end <= len(text):
+            msg = f"span ({start}, {end}) of the model is empty or outside the text of length {len(text)}"
+            raise ValueError(msg)
         while start < end and text[start].isspace():
             start += 1
         while end > start and text[end - 1].isspace():
             end -= 1
-        if not 0 <= start < end <= len(text):
+        if start == end:  # nothing but white space
             continue
         same = [key for key in found if key[:2] == (start, end) and key[2] is not None]
         for key in same:

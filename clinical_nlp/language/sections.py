@@ -86,7 +86,7 @@ def _category(name: str) -> str | None:
         return table[key]
     if "(" in name:
         key = _key(re.sub(r"\([^)]*\)?", " ", name))
-    return table.get(key) or table.get(key.removeprefix("the ")) or table.get(key.removesuffix("s"))
+    return table.get(key) or table.get(key.removesuffix("s"))
 
 
 def find_sections(text: str) -> list[Section]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,10 +112,12 @@ class Matcher:
             kept.append((first, last))
             matches.append(Match(starts[first], ends[last - 1], concept_id, score))
         matches += self._coordinated(kept, ids, starts, ends, gaps)
-        covered = sorted((m.start, m.end) for m in matches)
-        for start, end, concept_id, score in short:
-            if not any(s < end and start < e for s, e in covered) and not _shouted(text, start, end):
-                matches.append(Match(start, end, concept_id, score))
+        if short:
+            begins = sorted(m.start for m in matches)
+            reach = [0, *accumulate((e for _, e in sorted((m.start, m.end) for m in matches)), max)]
+            for start, end, concept_id, score in short:
+                if reach[bisect_left(begins, end)] <= start and not _shouted(text, start, end):
+                    matches.append(Match(start, end, concept_id, score))
         return sorted(set(matches), key=lambda m: (m.start, -m.end, m.concept_id))
 
     def exact(self, text: str) -> str | None:
@@ -327,10 +331,12 @@ def _accept(entry: _Entry, words: tuple[int, ...], worst: int, free: int) -> tup
     hit = entry.orders.get(words)
     if hit is not None:
         return hit
-    # Another order: within one phrase, and joined by a preposition, of two words, or with the modifier put last.
+    # Another order: within one phrase, and joined by a preposition or with the modifier put last.
     if worst >= _WEAK:
         return None
-    if not free and len(words) > 2:
+    if not free:
+        if len(words) == 2:
+            return None
         turned = (words[k:] + words[:k] for k in range(1, len(words)))
         hit = next((entry.orders[order] for order in turned if order in entry.orders), None)
         return (hit[0], round(hit[1] * 0.9, 4)) if hit else None

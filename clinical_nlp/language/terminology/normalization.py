@@ -127,7 +127,7 @@ def light(word: str) -> str:
                 word = word.replace("our", "or")
         if word.endswith("ies") and size > 5:
             word = word[:-3] + "y"
-        elif word.endswith(("xes", "shes", "ches", "sses", "zes")):
+        elif word.endswith(("xes", "shes", "ches", "sses", "zes")) and not word.endswith("aches"):
             word = word[:-2]
         elif word.endswith("s") and not word.endswith(("ss", "us", "is", "ies")):
             word = word[:-1]

