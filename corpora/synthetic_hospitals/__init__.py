@@ -11,13 +11,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from clinical_nlp.corpora.synthetic_hospitals.exports import (
+    exported_note_ids,
+    fhir_note_id,
+    write_fhir,
+    write_gold,
+    write_omop,
+    write_table,
+)
 from clinical_nlp.corpora.synthetic_hospitals.generate import GoldNote, generate, tables
 from clinical_nlp.corpora.synthetic_hospitals.patients import TARGET, TARGET_PREVALENCE, target_prevalence
 from clinical_nlp.corpora.synthetic_hospitals.writing import MARKERS
 from clinical_nlp.errors import UsageError
 from clinical_nlp.notes.corpus import Card, Corpus
 
-__all__ = ["CARD", "MARKERS", "TARGET", "TARGET_PREVALENCE", "GoldNote", "generate", "load", "target_prevalence"]
+__all__ = [
+    "CARD",
+    "MARKERS",
+    "TARGET",
+    "TARGET_PREVALENCE",
+    "GoldNote",
+    "exported_note_ids",
+    "fhir_note_id",
+    "generate",
+    "load",
+    "target_prevalence",
+    "write_fhir",
+    "write_gold",
+    "write_omop",
+    "write_table",
+]
 
 CARD = Card(
     name="synthetic_hospitals",

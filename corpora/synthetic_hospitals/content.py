@@ -22,7 +22,11 @@ Template = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A thing a note can mention. `label` is the gold span label; `names` go from common to rare."""
+    """A thing a note can mention. `label` is the gold span label; `names` go from common to rare.
+
+    `implies` names what is there whenever this is: its ancestors in HPO and its plain consequences. A patient who has
+    the entity is never said to lack those.
+    """
 
     key: str
     label: str
@@ -33,6 +37,7 @@ class Entity:
     names: tuple[str, ...]
     abbreviations: tuple[str, ...]
     lay: tuple[str, ...] = ()
+    implies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ def load_content(bank: str) -> Content:
             names = (*names, label)
         entities[row["key"]] = Entity(
             row["key"], "problem", row["kind"], row["system"], row["hpo_id"] or None, row["icd10cm_code"] or None,
-            names, _split(row["abbreviations"]), lay.get(row["key"], ()),
+            names, _split(row["abbreviations"]), lay.get(row["key"], ()), tuple(row["implies"].split()),
         )  # fmt: skip
     dosing = {}
     for row in _rows("drugs.csv"):

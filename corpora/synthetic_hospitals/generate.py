@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -231,16 +231,18 @@ def _marked(axes: tuple[str, str, str, str], tags: tuple[str, ...], omitted: tup
 
 def tables(notes: Iterable[GoldNote]) -> dict[str, pa.Table]:
     """Collect generated notes into the tables of a corpus: notes, spans, codes, pairs, facts and patients."""
-    kept = list(notes)
-    people = dict.fromkeys((item.patient.patient_id, item.patient.sex, item.patient.birth_date, None) for item in kept)
-    rows = {
-        "notes": [tuple(getattr(item.note, name) for name in NOTE_SCHEMA.names) for item in kept],
-        "spans": list(chain.from_iterable(item.spans for item in kept)),
-        "codes": list(chain.from_iterable(item.codes for item in kept)),
-        "pairs": list(chain.from_iterable(item.pairs for item in kept)),
-        "facts": list(chain.from_iterable(item.facts for item in kept)),
-        "patients": list(people),
-    }
+    # Rows are kept, not the notes: tuples of plain values cost the garbage collector nothing.
+    rows: dict[str, list[Row]] = {name: [] for name in ("notes", "spans", "codes", "pairs", "facts")}
+    people: dict[Row, None] = {}
+    for item in notes:
+        rows["notes"].append(tuple([getattr(item.note, name) for name in NOTE_SCHEMA.names]))
+        rows["spans"] += item.spans
+        rows["codes"] += item.codes
+        rows["pairs"] += item.pairs
+        rows["facts"] += item.facts
+        person = item.patient
+        people[person.patient_id, person.sex, person.birth_date, person.death_date] = None
+    rows["patients"] = list(people)
     schemas = {"notes": NOTE_SCHEMA, "spans": SPAN_SCHEMA, "codes": CODE_SCHEMA, "pairs": PAIR_SCHEMA,
                "facts": FACT_SCHEMA, "patients": PATIENT_SCHEMA}  # fmt: skip
     return {name: _table(rows[name], schema) for name, schema in schemas.items()}

@@ -40,6 +40,10 @@ _EXAM_ABSENT = (
     "facial_droop", "hemiparesis", "goiter", "stridor", "respiratory_distress", "cachexia", "diaphoresis", "ataxia",
     "skin_ulcer", "erythema",
 )  # fmt: skip
+_WARNINGS = (
+    "fever", "chest_pain", "dyspnea", "vomiting", "bleeding", "syncope", "confusion", "headache", "abdominal_pain",
+    "chills", "weakness", "melena", "rash", "edema", "dizziness", "suicidal",
+)  # fmt: skip
 SIGNS = frozenset(_EXAM_ABSENT) | {
     "tachycardia", "tachypnea", "bradycardia", "hypotension", "aphasia", "dysarthria", "rigidity", "bradykinesia",
     "abdominal_distention", "limited_motion", "scaling", "dry_skin", "bruising", "hypoxemia", "fever", "confusion",
@@ -141,6 +145,8 @@ class Population:
         if not findings:
             findings = ["fatigue"]
         has = {*findings, *conditions, *uncertain, *(key for _, key in imaging)}
+        for key in tuple(has):
+            has.update(content.entities[key].implies)
         pertinent = [item for key in conditions for item in content.conditions[key].findings
                      if item not in has and item not in MEASURED]  # fmt: skip
         absent = random.sample([item for item in _COMMON if item not in has], 8)
@@ -165,9 +171,7 @@ class Population:
             condition = content.conditions[key]
             if key not in has and not condition.chronic and condition.sex in (None, sex) and key not in past:
                 past.append(key)
-        warnings = random.sample(
-            ["fever", "chest_pain", "dyspnea", "vomiting", "bleeding", "syncope", "confusion", "headache",
-             "abdominal_pain", "chills", "weakness", "melena", "rash", "edema", "dizziness", "suicidal"], 5)  # fmt: skip
+        warnings = random.sample(_WARNINGS, 5)
         sides = {}
         for key in (*findings, *conditions, *(key for _, key in imaging), *surgeries, *procedures):
             if key in _LATERAL and key not in sides:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from random import Random
 
@@ -167,11 +167,11 @@ MARKERS = ("Note typed and reviewed by the author.", "Dictated with voice recogn
 _SPECIALTY = {"cardiovascular": "cardiology", "respiratory": "pulmonology", "gastrointestinal": "gastroenterology",
               "genitourinary": "nephrology", "neurological": "neurology", "psychiatric": "psychiatry",
               "endocrine": "endocrinology", "musculoskeletal": "rheumatology", "dermatological": "dermatology",
-              "hematological": "hematology", "infectious": "infectious disease", "reproductive": "gynecology"}  # fmt: skip
+              "hematological": "hematology", "infectious": "infectious disease",
+              "reproductive": "gynecology"}  # fmt: skip
 _SHE = {"He": "She", "he": "she", "his": "her", "him": "her"}
 _HE = {"He": "He", "he": "he", "his": "his", "him": "him"}
-_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
-_TITLE_WORDS = frozenset(("COVID-19", "HIV", "SARS-CoV-2"))
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 class Writer:
@@ -286,7 +286,7 @@ class Writer:
             if type(value) is str:
                 self._text(value[0].upper() + value[1:] if capital and value else value)
             elif type(value) is list:
-                self._list(value, " or " if piece == "or" else " and ", capital)
+                self._list(value, " or " if piece == "either" else " and ", capital)
             elif piece == "d":
                 self._drug(value[0], value[1], capital=capital)  # type: ignore[index,arg-type]
             else:
@@ -498,7 +498,7 @@ class Writer:
         first = symptoms[:2] or patient.conditions[:1]
         chronic = [key for key in patient.conditions[1:] if self._content.conditions[key].chronic][:1]
         known = (chronic or patient.resolved[:1] or patient.conditions[-1:])[0]
-        self._say("opening", **{"and": self._present(first), "h": (known, HISTORICAL), "k": (known, PRESENT)})
+        self._say("opening", also=self._present(first), h=(known, HISTORICAL), k=(known, PRESENT))
         return symptoms[2:]
 
     def _symptoms(self, keys: Sequence[str]) -> None:
@@ -509,12 +509,12 @@ class Writer:
             self._text(" ")
             mentions = self._present(some)
             # A template with one slot says one finding, so it is given only when there is one.
-            self._say("symptom" if n == 1 else "symptoms", **{"and": mentions, "f": mentions[0]})
+            self._say("symptom" if n == 1 else "symptoms", f=mentions[0], also=mentions)
 
     def _negatives(self, category: str, keys: Sequence[str], axes: Axes = ABSENT) -> None:
         mentions = [(key, axes) for key in keys]
         if mentions:
-            self._say(category, **{"or": mentions, "f": mentions[0]})
+            self._say(category, f=mentions[0], either=mentions)
 
     def _hpi(self) -> None:
         style = self._style
@@ -608,7 +608,7 @@ class Writer:
         symptoms = [key for key in patient.findings if key not in MEASURED]
         mentions = self._present(self._some(symptoms, 2))
         if mentions:
-            self._say("symptoms", **{"and": mentions, "f": mentions[0]})
+            self._say("symptoms", f=mentions[0], also=mentions)
             self._text(" ")
         n = 2 + self._style["length"] * 2
         keys = patient.absent[:n]
@@ -864,6 +864,8 @@ class Writer:
         patient = self._patient
         has = {key for _, key in patient.imaging}.union(patient.conditions, patient.findings, patient.uncertain)
         has.update(self._spoken)
+        for key in tuple(has):
+            has.update(self._content.entities[key].implies)
         unseen = [key for key in _UNSEEN.get(study, _UNSEEN["cxr"]) if key not in has]
         return self._some(unseen, len(unseen)) or ["joint_effusion"]
 
