@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from clinical_nlp.errors import InputError
 from clinical_nlp.notes.readers.files import MAX_RECORD_BYTES
 from clinical_nlp.notes.readers.options import Reading
 from clinical_nlp.notes.schema import Record, Rejected, Skipped
-
-_BATCH_BYTES = 8 << 20
 
 
 class Piece(NamedTuple):
@@ -41,71 +41,69 @@ class Joined(NamedTuple):
 def join(pieces: Iterator[Piece | Rejected], reading: Reading) -> Iterator[Joined | Record]:
     """Yield the notes ordered by id, after the rows that were rejected.
 
-    Rows may come in any order. They are sorted in a DuckDB file in the scratch folder, with bounded memory; the file
-    holds note text and is removed at the end. Of several versions the last (by number) is the note, the others are
-    skipped as `earlier-version`. Rows are divided by `line_separator` unless they end in a line break. A gap in the
-    line numbers leaves a note `incomplete`; one line number with two texts rejects it.
+    Rows may come in any order. Their texts go to an unnamed temporary file in the scratch folder; what is sorted, by
+    SQLite's external sort, are ids and places in it (DuckDB needs 512 MB to sort 300 MB of texts, and fails with
+    less). Of several versions the last (by number) is the note, the others are skipped as `earlier-version`. Rows are
+    divided by `line_separator` unless they end in a line break. A gap in the line numbers leaves a note `incomplete`;
+    one line number with two texts rejects it.
     """
-    import duckdb
-
-    with tempfile.TemporaryDirectory(prefix="lines-", dir=reading.index.folder) as folder:
-        settings = {"memory_limit": "512MB", "threads": "1", "temp_directory": f"{folder}/spill"}
-        connection = duckdb.connect(str(Path(folder) / "lines.duckdb"), config=settings)  # type: ignore[arg-type]
-        try:
-            connection.execute(
-                "CREATE TABLE piece (note_id VARCHAR, version VARCHAR, line BIGINT, number BIGINT, text VARCHAR, "
-                "source VARCHAR, fields VARCHAR)"
-            )
-            yield from _store(pieces, connection)
-            # Rows are fetched as they are sorted; DuckDB's Arrow output would copy the whole result.
-            ordered = connection.execute(
-                "SELECT * FROM piece ORDER BY note_id, try_cast(version AS BIGINT) NULLS FIRST, version, line, number"
-            )
-            yield from _notes(ordered, reading)
-        except duckdb.Error:
-            raise InputError(
-                f"{reading.source.name}: the rows of its notes cannot be sorted in the scratch folder "
-                f"{reading.index.folder}; see that there is space for the table's size twice over"
-            ) from None
-        finally:
-            connection.close()
+    with tempfile.TemporaryFile(dir=reading.index.folder) as texts, closing(_database(reading.index.folder)) as places:
+        number = end = 0
+        for piece in pieces:
+            if isinstance(piece, Rejected):
+                yield piece
+                continue
+            number += 1
+            text = piece.text.encode("utf-8")
+            about = json.dumps([piece.source, piece.fields]).encode()
+            texts.write(text + about)
+            row = (piece.note_id, piece.version, piece.line, number, end, len(text), len(about))
+            places.execute("INSERT INTO piece VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            end += len(text) + len(about)
+        ordered = places.execute(
+            "SELECT note_id, version, line, place, length, about FROM piece "
+            "ORDER BY note_id, CAST(version AS INTEGER), version, line, number"
+        )
+        yield from _notes(_stored(ordered, texts), reading)
 
 
-def _store(pieces: Iterator[Piece | Rejected], connection: Any) -> Iterator[Rejected]:
-    batch: list[tuple[Any, ...]] = []
-    size = 0
-    number = 0
-    for piece in pieces:
-        if isinstance(piece, Rejected):
-            yield piece
-            continue
-        number += 1
-        size += len(piece.text) + 200
-        note_id, version, line, text, source, fields = piece
-        batch.append((note_id, version, line, number, text, source, json.dumps(fields)))
-        if size > _BATCH_BYTES:
-            _insert(batch, connection)
-            batch, size = [], 0
-    _insert(batch, connection)
+class _Stored(NamedTuple):
+    note_id: str
+    version: str
+    line: int
+    text: str
+    about: bytes
 
 
-def _insert(batch: list[tuple[Any, ...]], connection: Any) -> None:
-    import pyarrow as pa
+def _database(folder: Path) -> sqlite3.Connection:
+    """Return an empty table in a file of the scratch folder that has no name any more."""
+    handle, name = tempfile.mkstemp(prefix="lines-", suffix=".sqlite", dir=folder)
+    os.close(handle)
+    connection = sqlite3.connect(name, isolation_level=None, check_same_thread=False)
+    for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "temp_store=FILE"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("PRAGMA cache_size=-16384")
+    connection.execute(
+        "CREATE TABLE piece (note_id TEXT, version TEXT, line INTEGER, number INTEGER, place INTEGER, length INTEGER, "
+        "about INTEGER)"
+    )
+    connection.execute("BEGIN")
+    with suppress(OSError):
+        os.unlink(name)
+    return connection
 
-    if batch:
-        names = ("note_id", "version", "line", "number", "text", "source", "fields")
-        table = pa.table(dict(zip(names, map(list, zip(*batch, strict=True)), strict=True)))
-        connection.register("batch", table)
-        connection.execute("INSERT INTO piece SELECT * FROM batch")
-        connection.unregister("batch")
+
+def _stored(ordered: Iterator[Any], texts: IO[bytes]) -> Iterator[_Stored]:
+    for note_id, version, line, place, length, about in ordered:
+        texts.seek(place)
+        data = texts.read(length + about)
+        yield _Stored(note_id, version, line, data[:length].decode("utf-8"), data[length:])
 
 
-def _notes(ordered: Any, reading: Reading) -> Iterator[Joined | Record]:
-    names = ("note_id", "version", "line", "number", "text", "source", "fields")
-    pieces = (dict(zip(names, row, strict=True)) for row in iter(ordered.fetchone, None))
-    for note_id, rows in groupby(pieces, key=lambda row: row["note_id"]):
+def _notes(pieces: Iterator[_Stored], reading: Reading) -> Iterator[Joined | Record]:
+    for note_id, rows in groupby(pieces, key=lambda row: row.note_id):
         previous: Joined | Rejected | None = None
-        for _, version in groupby(rows, key=lambda row: row["version"]):
+        for _, version in groupby(rows, key=lambda row: row.version):
             if previous is not None:
                 yield Skipped(previous.source, "earlier-version", note_id)
             previous = _put_together(note_id, version, reading)
@@ -113,30 +111,24 @@ def _notes(ordered: Any, reading: Reading) -> Iterator[Joined | Record]:
             yield previous
 
 
-def _put_together(note_id: str, rows: Iterator[dict[str, Any]], reading: Reading) -> Joined | Rejected:
+def _put_together(note_id: str, rows: Iterator[_Stored], reading: Reading) -> Joined | Rejected:
     separator = reading.options.line_separator
-    parts: list[str] = []
-    first: dict[str, Any] | None = None
-    previous: dict[str, Any] | None = None
-    size, complete, problem = 0, True, None
+    first = previous = next(rows)
+    parts, size, complete, problem = [first.text], len(first.text), first.line in (0, 1), None
     for row in rows:
-        first = first or row
-        if previous is not None and row["line"] == previous["line"]:
-            if row["text"] != previous["text"]:
-                problem = f"line {row['line']} of the note is there twice, with different texts"
+        if row.line == previous.line:
+            if row.text != previous.text:
+                problem = f"line {row.line} of the note is there twice, with different texts"
             continue
-        if previous is not None:
-            complete = complete and row["line"] == previous["line"] + 1
-            if parts and not parts[-1].endswith(("\n", "\r")):
-                parts.append(separator)
-        size += len(row["text"])
+        complete = complete and row.line == previous.line + 1
+        if not previous.text.endswith(("\n", "\r")):
+            parts.append(separator)
+        parts.append(row.text)
+        size += len(row.text)
         if size > MAX_RECORD_BYTES:
             problem, parts = f"the note is longer than {MAX_RECORD_BYTES >> 20} MiB", []
-        else:
-            parts.append(row["text"])
         previous = row
-    assert first is not None  # groupby yields no empty group
+    source, fields = json.loads(first.about)
     if problem:
-        return Rejected(first["source"], problem, note_id)
-    complete = complete and first["line"] in (0, 1)
-    return Joined(note_id, "".join(parts), first["source"], json.loads(first["fields"]), complete)
+        return Rejected(source, problem, note_id)
+    return Joined(note_id, "".join(parts), source, fields, complete)
