@@ -54,6 +54,9 @@ class DriftConfig(Config):
     patient_in_two: Literal["majority", "drop", "error"] = "majority"
     """A patient of several institutions stands where most of their notes are (the rest is left out and counted), is
     left out, or stops the run."""
+    strata: Literal["none", "profile"] = "none"
+    """profile: compare within like mixes of note types and numbers of notes, so that a different mix alone is not
+    called a difference (approximate; see the page)."""
     model: str | None = None
     """Represent notes by the hidden states of this model (hub id, folder, run, builtin:tiny); default hashed TF-IDF,
     which needs no model."""
@@ -140,6 +143,7 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
                     other=name,
                     members=members,
                     represent=represent,
+                    stratify=config.strata == "profile",
                     n_permutations=config.n_permutations,
                     seed=config.seed,
                 )
@@ -388,6 +392,7 @@ def _results(
             else f"mean hidden state of {config.model} over the first {config.max_tokens} tokens, standardised",
             "p_values": f"(1 + k) / (B + 1) with B = {config.n_permutations} relabellings of patients; Holm over the "
             "confirmatory tests of all comparisons with enough patients",
+            "strata": config.strata,
             "patient_in_two": config.patient_in_two,
             "max_patients": config.max_patients,
             "max_notes_per_patient": config.max_notes_per_patient,
@@ -397,6 +402,7 @@ def _results(
         },
         "account": account
         | {"n_patients": sum(sample.n_patients.values()), "n_patients_in_several_institutions": sample.n_in_two}
+        | {"n_institutions_named": sample.n_institutions, "n_institutions": len(sample.n_patients)}
         | {"n_notes_left_out_elsewhere": sample.n_notes_left_out, "n_notes_sampled": len(sample.notes)},
         "reference": reference,
         "institutions": _institutions(sample),

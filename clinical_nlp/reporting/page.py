@@ -44,7 +44,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells (text, numbers or `Estimate`); a column is set right where its cells are numbers."""
+    """Rows of cells (text, numbers or `Estimate`); without columns, rows of name and fact."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -169,8 +169,8 @@ def training_page(run: Run) -> str:
     sections = [Section("What was measured", measured)]
     if curves := _curves(run):
         sections.append(Section("How training went", curves))
-    sections.append(Section("What it was made from", [Table(["", ""], origin(run))]))
-    sections.append(Section("How it was made", [Table(["", ""], making(run)), Text(phi_text(run))]))
+    sections.append(Section("What it was made from", [Table([], origin(run))]))
+    sections.append(Section("How it was made", [Table([], making(run)), Text(phi_text(run))]))
     return page(
         f"{manifest.get('recipe', 'run')}: {run.path.name}",
         sections,

@@ -25,11 +25,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{places}f}".replace(",", "\u202f").replace("-", "−")
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+def _ticks(low: float, high: float, about: int = 5) -> list[tuple[float, str]]:
+    """Round positions between two values, and how to write them: all with the same number of decimals."""
     step = 10 ** math.floor(math.log10((high - low) / about))
     step *= min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (step * factor) - about))
     first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    places = max(0, -math.floor(math.log10(step) + 1e-9))
+    positions = [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [(value, f"{value:,.{places}f}".replace(",", "\u202f").replace("-", "−")) for value in positions]
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
@@ -52,12 +55,14 @@ def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: st
 
     Parameters
     ----------
-    rows : (label, distance from the mean of the null in its standard deviations, words at the right end).
+    rows : (label, distance from the mean of the null in its standard deviations, words at the right end); beyond 10
+        an arrow head takes the place of the dot.
     title : read out in place of the picture.
     x_label : under the axis.
     """
-    values = [value for _, value, _ in rows if math.isfinite(value)]
-    low, high = min([-3.0, *(value - 0.5 for value in values)]), max([4.0, *(value * 1.05 for value in values)])
+    # Beyond ten standard deviations only "far outside" matters; an open scale would hide the band.
+    clipped = [min(max(value, -10.0), 10.0) for _, value, _ in rows if not math.isnan(value)]
+    low, high = min([-3.0, *(value - 0.5 for value in clipped)]), max([4.0, *(value + 0.5 for value in clipped)])
     left, right, step, top = _LABEL, _WIDTH - 120, 34.0, 10.0
     bottom = top + step * len(rows)
 
@@ -68,22 +73,24 @@ def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: st
         f'<rect x="{at(-2):.1f}" y="{top:.1f}" width="{at(2) - at(-2):.1f}" height="{bottom - top:.1f}" class="band"/>',
         _line(at(0), top, at(0), bottom, "zero"),
     ]
-    for tick in _ticks(low, high, 6):
+    for tick, words in _ticks(low, high, 6):
         parts += [_line(at(tick), bottom, at(tick), bottom + 5, "axis")]
-        parts += [_text(at(tick), bottom + 19, number(tick), "tick", "middle")]
+        parts += [_text(at(tick), bottom + 19, words, "tick", "middle")]
     parts += [
         _line(left, bottom, right, bottom, "axis"),
         _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
     ]
-    for index, (label, value, words) in enumerate(rows):
+    for index, (label, value, remark) in enumerate(rows):
         y = top + step * (index + 0.5)
         parts.append(_text(left - 12, y + 4, label, "", "end"))
-        if math.isfinite(value):
-            parts += [
-                _line(at(0), y, at(value), y, "stem"),
-                f'<circle cx="{at(value):.1f}" cy="{y:.1f}" r="5" class="dot"/>',
-            ]
-        parts.append(_text(right + 12, y + 4, words, "tick"))
+        if not math.isnan(value):
+            x = at(min(max(value, -10.0), 10.0))
+            tip = 7 if value > 0 else -7
+            mark = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="dot"/>'
+            if abs(value) > 10:
+                mark = f'<path d="M{x:.1f} {y - 6:.1f} l{2 * tip} 6 l{-2 * tip} 6 z" class="dot"/>'
+            parts += [_line(at(0), y, x, y, "stem"), mark]
+        parts.append(_text(right + 12, y + 4, remark, "tick"))
     return _svg(_WIDTH, bottom + 46, title, parts)
 
 
@@ -113,9 +120,9 @@ def interval_plot(
         return left + (right - left) * (value - low) / (high - low)
 
     parts = [] if reference is None else [_line(at(reference), top, at(reference), bottom, "zero")]
-    for tick in _ticks(low, high, 6):
+    for tick, words in _ticks(low, high, 6):
         parts += [_line(at(tick), bottom, at(tick), bottom + 5, "axis")]
-        parts += [_text(at(tick), bottom + 19, number(tick), "tick", "middle")]
+        parts += [_text(at(tick), bottom + 19, words, "tick", "middle")]
     parts += [
         _line(left, bottom, right, bottom, "axis"),
         _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
@@ -161,11 +168,11 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str
         )
 
     parts = []
-    for tick in _ticks(y_low, y_high):
+    for tick, words in _ticks(y_low, y_high):
         y = place(x_low, tick)[1]
-        parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, number(tick), "tick", "end")]
-    for tick in _ticks(x_low, x_high, 7):
-        parts.append(_text(place(tick, y_low)[0], bottom + 18, number(tick), "tick", "middle"))
+        parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
+    for tick, words in _ticks(x_low, x_high, 7):
+        parts.append(_text(place(tick, y_low)[0], bottom + 18, words, "tick", "middle"))
     parts += [
         _line(left, bottom, right, bottom, "axis"),
         _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from clinical_nlp.notes.schema import Note
-from clinical_nlp.statistics.permutation import PermutationPlan, holm
+from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import token_shares, word_counts
 from clinical_nlp.statistics.two_sample import (
@@ -67,6 +67,7 @@ def compare(
     other: str,
     members: Sequence[str] | None = None,
     represent: Callable[[Sequence[Note]], np.ndarray],
+    stratify: bool = False,
     n_permutations: int = 999,
     seed: int = 0,
 ) -> Comparison:
@@ -79,6 +80,8 @@ def compare(
     other : the other one, or a name for several.
     members : the institutions that `other` stands for, if several.
     represent : notes to vectors (n, d), blind to institutions.
+    stratify : compare within like mixes of notes: means of each note type are taken out of vectors and lengths, and
+        patients are permuted within `profile_strata`.
     n_permutations, seed : of the relabellings.
 
     Returns
@@ -96,13 +99,20 @@ def compare(
     vectors = represent(sample.notes)
     texts = [note.text for note in sample.notes]
     shares, tokens = token_shares(texts, sample.patient_ids)
-    words = word_counts(texts)
+    words = np.maximum(word_counts(texts), 1).astype(np.float64)
+    strata = None
+    if stratify:
+        types = [note.note_type for note in sample.notes]
+        strata = profile_strata(sample.patient_ids, sides, types, sample.notes_of_patient)
+        vectors = _without_type_means(vectors, types)
+        words = np.exp(_without_type_means(np.log(words)[:, None], types)[:, 0])
 
-    def measure(kept: np.ndarray) -> tuple[tuple[TestResult, ...], tuple[TokenShift, ...], PermutationPlan]:
+    def measure(kept: np.ndarray) -> tuple[tuple[TestResult, ...], tuple[TokenShift, ...]]:
         plan = PermutationPlan(
             [sample.patient_ids[i] for i in kept],
             [sides[i] for i in kept],
             reference="reference",
+            strata=None if strata is None else strata[kept],
             n_permutations=n_permutations,
             seed=seed,
         )
@@ -114,11 +124,13 @@ def compare(
             vocabulary.jensen_shannon,
             vocabulary.kullback_leibler,
         )
-        return tests, vocabulary.tokens, plan
+        return tests, vocabulary.tokens
 
-    everything, all_tokens, plan = measure(np.arange(len(texts)))
-    single, one_tokens, _ = measure(np.flatnonzero(sample.is_first))
-    utilisation = utilisation_test(sample.notes_of_patient, plan)
+    everything, all_tokens = measure(np.arange(len(texts)))
+    single, one_tokens = measure(np.flatnonzero(sample.is_first))
+    whole = PermutationPlan(sample.patient_ids, sides, reference="reference", n_permutations=n_permutations, seed=seed)
+    total = int(sample.notes_of_patient[sample.is_first].sum())
+    utilisation = replace(utilisation_test(sample.notes_of_patient, whole), n_notes=total)
     unequal = utilisation.p_value <= LEVEL
     return replace(
         found,
@@ -128,6 +140,14 @@ def compare(
         one_note=single,
         tokens=one_tokens if unequal else all_tokens,
     )
+
+
+def _without_type_means(values: np.ndarray, types: Sequence[str | None]) -> np.ndarray:
+    _, kind = np.unique([name or "" for name in types], return_inverse=True)
+    means = np.zeros((kind.max() + 1, values.shape[1]))
+    np.add.at(means, kind, values)
+    means /= np.bincount(kind)[:, None]
+    return np.asarray(values - means[kind])
 
 
 _SIDES = ("reference", "other")

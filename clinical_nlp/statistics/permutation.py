@@ -165,6 +165,53 @@ class PermutationPlan:
         return float((1 + np.count_nonzero(~(permuted < observed - slack))) / (len(permuted) + 1))
 
 
+def profile_strata(
+    patient_ids: Sequence[str],
+    institutions: Sequence[str],
+    note_types: Sequence[str | None],
+    notes_of_patient: np.ndarray,
+    *,
+    n_strata: int = 4,
+) -> np.ndarray:
+    """Group patients with like profiles: how many notes they have and of which types.
+
+    A propensity of the institution given the profile is fitted and cut at its quantiles. Permuting within these
+    strata asks whether notes differ beyond what the mix of notes explains. It is approximate: exact only if patients
+    of one stratum are exchangeable. (Permuting notes within their types instead rejects identical institutions in
+    28 to 78 % of cases, patients within their dominant type in 41 %.)
+
+    Parameters
+    ----------
+    patient_ids, institutions, note_types : one entry a note, two institutions.
+    notes_of_patient : (n_notes,) how many notes the note's patient has.
+    n_strata : quantile groups.
+
+    Returns
+    -------
+    (n_notes,) int, the same for all notes of a patient.
+
+    References
+    ----------
+    Rosenbaum and Rubin 1983, The central role of the propensity score, Biometrika 70.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    patients, rows = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
+    kinds, kind = np.unique([name or "" for name in note_types], return_inverse=True)
+    shares = np.zeros((len(patients), len(kinds)))
+    np.add.at(shares, (rows, kind), 1.0)
+    count = np.zeros(len(patients))
+    count[rows] = np.log(notes_of_patient)
+    profile = np.column_stack([count, shares / shares.sum(axis=1, keepdims=True)])
+    spread = profile.std(axis=0)
+    profile = (profile - profile.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
+    side = np.zeros(len(patients), dtype=int)
+    side[rows] = np.unique(np.asarray(institutions, dtype=str), return_inverse=True)[1]
+    propensity = np.round(LogisticRegression(max_iter=1000).fit(profile, side).decision_function(profile), 9)
+    cuts = np.unique(np.quantile(propensity, np.arange(1, n_strata) / n_strata))
+    return np.searchsorted(cuts, propensity, side="left")[rows]
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values so that the chance of any false finding among them stays below the level.
 

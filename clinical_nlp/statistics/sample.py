@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,8 @@ class SampledNotes:
 
     `notes_of_patient` counts all notes of the patient at the institution, sampled or not. `is_first` marks one random
     note a patient. `n_patients` and `n_notes` are what the stream held in each institution after assignment;
-    `n_in_two` patients had notes in several institutions, and `n_notes_left_out` notes of theirs are not counted.
+    `n_institutions` were named by the stream. `n_in_two` patients had notes in several institutions, and
+    `n_notes_left_out` notes of theirs are not counted.
     """
 
     notes: tuple[Note, ...]
@@ -32,21 +33,19 @@ class SampledNotes:
     is_first: np.ndarray
     n_patients: dict[str, int]
     n_notes: dict[str, int]
+    n_institutions: int
     n_in_two: int
     n_notes_left_out: int
 
     def select(self, rows: np.ndarray) -> SampledNotes:
         """Return the notes of some rows; the counts stay those of the whole."""
-        return SampledNotes(
-            tuple(self.notes[i] for i in rows),
-            tuple(self.patient_ids[i] for i in rows),
-            tuple(self.institutions[i] for i in rows),
-            self.notes_of_patient[rows],
-            self.is_first[rows],
-            self.n_patients,
-            self.n_notes,
-            self.n_in_two,
-            self.n_notes_left_out,
+        return replace(
+            self,
+            notes=tuple(self.notes[i] for i in rows),
+            patient_ids=tuple(self.patient_ids[i] for i in rows),
+            institutions=tuple(self.institutions[i] for i in rows),
+            notes_of_patient=self.notes_of_patient[rows],
+            is_first=self.is_first[rows],
         )
 
 
@@ -144,6 +143,7 @@ class NoteSampler:
             np.array([row[3] for row in rows], dtype=bool),
             dict(sorted(n_patients.items())),
             dict(sorted(n_notes.items())),
+            len({name for counts in self._counts.values() for name in counts}),
             len(in_two),
             sum(sum(counts.values()) for counts in self._counts.values()) - sum(n_notes.values()),
         )

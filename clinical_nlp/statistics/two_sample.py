@@ -16,6 +16,7 @@ from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
 from clinical_nlp.statistics.permutation import PermutationPlan
 
 _CELLS_AT_ONCE = 8_000_000
+_FEWEST_FOR_T = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +364,11 @@ def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_u
     with np.errstate(all="ignore"):
         statistic = np.where(error > 1e-12, np.abs(difference) / error, np.where(np.abs(difference) > 1e-12, np.inf, 0))
     low = high = math.nan
-    note = "" if error[0] > 1e-12 else "no interval: the patients of each institution are all alike"
+    note = ""
+    if error[0] <= 1e-12:
+        note = "no interval: the patients of each institution are all alike"
+    elif min(plan.n_patients) < _FEWEST_FOR_T:
+        note = f"no interval: fewer than {_FEWEST_FOR_T} patients in an institution"
     if not note:
         reach = stats.t.ppf(0.975, freedom[0]) * error[0]
         low, high = math.exp(difference[0] - reach), math.exp(difference[0] + reach)
@@ -386,9 +391,8 @@ def _welch(values: np.ndarray, membership: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def length_test(words: np.ndarray, plan: PermutationPlan) -> TestResult:
-    """Are the notes longer? `words` (n_notes,) counts words a note; see `ratio_test`."""
-    lengths = np.maximum(np.asarray(words, dtype=np.float64), 1)
-    return ratio_test("length", lengths, plan, effect_unit="times as many words a note")
+    """Are the notes longer? `words` (n_notes,) counts words a note, at least 1; see `ratio_test`."""
+    return ratio_test("length", words, plan, effect_unit="times as many words a note")
 
 
 def utilisation_test(notes_per_patient: np.ndarray, plan: PermutationPlan) -> TestResult:
