@@ -29,7 +29,12 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’/][^\W\d_]+)*\.?(?<!\.)|\d+(?:[.,]\d+)*|[
 _AXES = ("presence", "temporality", "modality", "experiencer")
 _PLAIN = {"presence": "present", "temporality": "current", "modality": "actual", "experiencer": "patient"}
 _STRENGTH = {"absent": 2, "uncertain": 1}
-_DEFAULTS = {"family_history": ("experiencer", "family"), "past_medical_history": ("temporality", "historical")}
+_DEFAULTS = {
+    "family_history": ("experiencer", "family"),
+    "past_medical_history": ("temporality", "historical"),
+    "allergies": ("modality", "conditional"),
+}
+"""What a mention means in a section when no cue says otherwise; a reaction under allergies happens on exposure."""
 
 _ANSWER = re.compile(
     r"[ \t]*[:=\-–—|?\t]+[ \t]*(?:(?P<absent>no(?:ne)?|neg(?:ative)?|denie[sd]|absent|nil|not present|n|0|never|nope)"
@@ -48,6 +53,9 @@ _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)
 
 _CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
 _NEAR = 60
+_NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cue phrase
+_STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGNORECASE)
+_CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
 _OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
 
@@ -87,8 +95,9 @@ def _trie() -> dict[str, Any]:
         parts = [members.get(part, [part]) for part in row["phrase"].lower().split()]
         for choice in product(*parts):
             node = root
-            for word in _TOKEN.findall(" ".join(choice)):
-                node = node.setdefault(word, {})
+            for part in choice:
+                for word in (part,) if part in (_NUMBER, _YEAR) else _TOKEN.findall(part):
+                    node = node.setdefault(word, {})
             by_axis = node.setdefault("", {})
             rules = by_axis.setdefault("end " + rule.axis if rule.kind == "end" else rule.axis, [])
             if rule not in rules:
@@ -175,7 +184,10 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     starts: list[int] = []
     ends: list[int] = []
     for token in _TOKEN.finditer(text, begin, stop):
-        words.append(token.group().lower().replace("’", "'"))
+        word = token.group()
+        if word[0].isdecimal():
+            word = _YEAR if len(word) == 4 and word[:2] in ("19", "20") else _NUMBER
+        words.append(word.lower().replace("’", "'"))
         starts.append(token.start())
         ends.append(token.end())
     root = _trie()
@@ -280,15 +292,16 @@ def _decide(
         forward, backward = before.get(axis), after.get(axis)
         winner = forward or backward
         if forward is not None and backward is not None:
-            winner = _stronger(forward, backward, start, end)
+            winner = _stronger(text, forward, backward, start, end)
         if winner is not None:
             chosen[axis] = (winner.rule.value, winner.start, winner.end)
     return chosen
 
 
-def _stronger(forward: _Cue, backward: _Cue, start: int, end: int) -> _Cue:
-    """`no fever is present` is absent, `no fever, cough present` says cough is there."""
-    if backward.rule.value == "present" and backward.start - end < start - forward.end:
+def _stronger(text: str, forward: _Cue, backward: _Cue, start: int, end: int) -> _Cue:
+    """`no fever is present` and `no rash or fever noted` are absent, `no fever, cough present` says cough is there."""
+    nearer = backward.start - end < start - forward.end
+    if backward.rule.value == "present" and nearer and not _CONTINUES.search(text, forward.end, start):
         return backward
     gain = _STRENGTH.get(backward.rule.value, 0) - _STRENGTH.get(forward.rule.value, 0)
     return backward if gain > 0 else forward
@@ -297,6 +310,8 @@ def _stronger(forward: _Cue, backward: _Cue, start: int, end: int) -> _Cue:
 def _reaches(text: str, start: int, end: int, scope: int, axis: str) -> bool:
     """Whether the words between cue and span are few enough, and no heading stands between them."""
     between = text[start:end]
+    if _STOPPED.search(between):  # a sentence that ended without the splitter's notice, as in text without capitals
+        return False
     if axis in ("presence", "modality", "temporality"):
         colon = between.find(":")
         if colon >= 0 and between[:colon].strip(" \t*"):

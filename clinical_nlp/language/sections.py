@@ -89,6 +89,12 @@ def _category(name: str) -> str | None:
     return table.get(key) or table.get(key.removesuffix("s"))
 
 
+def is_header(line: str) -> bool:
+    """Whether a line is a known header and nothing else."""
+    line = line.strip(" \t*#:=_-")
+    return 1 < len(line) < 50 and _category(line) not in (None, _INHERIT)
+
+
 def find_sections(text: str) -> list[Section]:
     """Divide `text` into sections.
 
@@ -136,7 +142,8 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
         if mark and mark[0] == ":":
             return category
         # Without a colon it must look like a heading: alone on its line and not a lower-case word of prose.
-        if alone and (name[0].isupper() or text[found.start() : found.start("name")].strip()):
+        before = text[: found.start()] if found.start() < 3 else text[found.start() - 2 : found.start()]
+        if alone and (name[0].isupper() or len(words) > 1 or before.strip(" \t") in ("", "\n\n")):
             return category
         return category if mark and name.isupper() else None
     capitals = name.isupper() and len(name) > 3

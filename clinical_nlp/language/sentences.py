@@ -6,6 +6,8 @@ import csv
 import re
 from pathlib import Path
 
+from clinical_nlp.language.sections import is_header
+
 
 def _words(kind: str) -> frozenset[str]:
     with (Path(__file__).parent / "sentence_words.csv").open(encoding="utf-8", newline="") as file:
@@ -74,6 +76,8 @@ def _wrapped(text: str, line: tuple[int, int], following: tuple[int, int], size:
     lower = text[following[0] : following[1]]
     if _BULLET.match(lower) or _HEADER.match(lower) or upper[-1] in ".!?:;|" or "\t" in lower.strip() or "|" in lower:
         return False
+    if is_header(lower) or is_header(upper):
+        return False
     first = lower.lstrip()
     word = first.split(None, 1)[0]
     last = upper.rsplit(None, 1)[-1]
@@ -117,9 +121,7 @@ def _ends(text: str, cursor: int, dot: int, stop: int, end: int) -> bool:
     if word in _TITLES:
         return False
     if word in _ABBREVIATIONS or ("." in word and len(word) <= 6):
-        return rest[0].isupper() and len(rest) > 1 and (rest[1].islower() or rest[1].isspace())
-    if rest[0].islower():
-        return len(word) >= 4 or word.isdigit()
+        return rest[0].isupper() and (rest[1:2].islower() or rest[1:2].isspace() or rest[:3].isalpha())
     return True
 
 
