@@ -445,7 +445,6 @@ class Writer:
             signed = {"electronic": f"Electronically signed by: {name}", "dashes": f"-- {name}, MD --",
                       "initials": f"{name} {self._date(self._when)}"}[style["signature"]]  # fmt: skip
             self._text("\n" * (1 + style["blank_lines"]) + signed)
-        self._text("\n" + MARKERS[marker] + "\n")
         text = "".join(self._pieces)
         if kept is not None:
             (a, i), (b, j) = kept, kept_end
@@ -454,6 +453,8 @@ class Writer:
             text = _wrap(text, style["wrap"])
         if style["typos"]:
             text = _misspell(text, style["typos"], self._random)
+        # After the typos, so that they fall on the same letters whatever the closing line is.
+        text += f"\n{MARKERS[marker]}\n"
         if style["body"] == "lower":
             text = text.lower()
         elif style["body"] == "upper":
