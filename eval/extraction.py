@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,11 @@ from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 
 AXES = {"presence": PRESENCE, "temporality": TEMPORALITY, "modality": MODALITY, "experiencer": EXPERIENCER}
 _GOLD_ID = {"hpo": "hpo_id", "icd10cm": "icd10cm_code"}
+
+
+Key = tuple[str, str]
+"""(institution, note_id)."""
+_FHIR = ("DocumentReference/", "DiagnosticReport/")
 
 
 class _Span(NamedTuple):
@@ -64,10 +69,12 @@ def score(
     if corpus.spans is None:
         raise InputError(f"corpus {corpus.card.name!r} has no gold spans to score against")
     gold = _gold(corpus.spans, _GOLD_ID.get(terminology.name, "hpo_id"), terminology)
-    patient_of = _notes_in(folder, corpus)
-    found = _found(folder, patient_of, terminology)
+    joined = _join(folder, corpus)
+    found = _found(folder, joined, terminology)
 
-    notes = sorted(patient_of)
+    notes = sorted(set(joined.values()))
+    rows = corpus.notes.select(["institution", "note_id", "patient_id"]).to_pylist()
+    patient_of = {(row["institution"], row["note_id"]): row["patient_id"] for row in rows}
     patients = [patient_of[note] for note in notes]
     mention_counts = np.zeros((len(notes), 6))
     axis_counts = np.zeros((len(notes), 2 * len(AXES)))
@@ -103,8 +110,8 @@ def score(
     return results
 
 
-def _gold(spans: pa.Table, column: str, terminology: Terminology) -> dict[tuple[str, str], list[_Span]]:
-    gold: dict[tuple[str, str], list[_Span]] = defaultdict(list)
+def _gold(spans: pa.Table, column: str, terminology: Terminology) -> dict[Key, list[_Span]]:
+    gold: dict[Key, list[_Span]] = defaultdict(list)
     for row in spans.to_pylist():
         if row[column] is not None:
             concept = terminology.resolve(row[column]) or row[column]
@@ -113,36 +120,38 @@ def _gold(spans: pa.Table, column: str, terminology: Terminology) -> dict[tuple[
     return {note: _sorted(found) for note, found in gold.items()}
 
 
-def _notes_in(folder: Path, corpus: Corpus) -> dict[tuple[str, str], str]:
-    """Return the corpus's notes that the output accounts for, each with the patient the corpus gives it."""
+def _join(folder: Path, corpus: Corpus) -> dict[Key, Key]:
+    """Map each note that the output accounts for to the corpus's note: by institution and id, else by id alone.
+
+    A corpus that was written as an export may come back with another name of the institution (a FHIR reference) and
+    the resource type before its id.
+    """
+    rows = corpus.notes.select(["institution", "note_id"]).to_pylist()
+    exact = {(row["institution"], row["note_id"]) for row in rows}
+    times = Counter(note_id for _, note_id in exact)
+    alone = {note_id: (institution, note_id) for institution, note_id in exact if times[note_id] == 1}
     table = ds.dataset(folder / "notes", format="parquet").to_table(columns=["institution", "note_id", "outcome"])
-    present = {_bare(row["note_id"]) for row in table.to_pylist() if row["outcome"] != "skipped" and row["note_id"]}
-    rows = corpus.notes.select(["institution", "note_id", "patient_id"]).to_pylist()
-    if len({_bare(row["note_id"]) for row in rows}) != len(rows):
-        raise InputError(f"corpus {corpus.card.name!r} has one note id in two institutions; score them one by one")
-    notes = {
-        (row["institution"], row["note_id"]): row["patient_id"] for row in rows if _bare(row["note_id"]) in present
-    }
-    if not notes:
-        raise InputError(f"{folder} holds none of the notes of corpus {corpus.card.name!r}")
-    return notes
-
-
-def _bare(note_id: str) -> str:
-    """Drop the resource type that a FHIR reader puts before an id."""
-    return note_id.rpartition("/")[2]
-
-
-def _found(
-    folder: Path, notes: Iterable[tuple[str, str]], terminology: Terminology
-) -> dict[tuple[str, str], list[_Span]]:
-    by_id = {_bare(note_id): (institution, note_id) for institution, note_id in notes}
-    table = ds.dataset(folder / "mentions", format="parquet").to_table(
-        columns=["note_id", "start", "end", "concept_id", *AXES]
-    )
-    found: dict[tuple[str, str], list[_Span]] = defaultdict(list)
+    joined: dict[Key, Key] = {}
     for row in table.to_pylist():
-        note = by_id.get(_bare(row["note_id"]))
+        if row["outcome"] == "skipped" or row["note_id"] is None:
+            continue
+        key = (row["institution"], row["note_id"])
+        bare = next((key[1].removeprefix(kind) for kind in _FHIR if key[1].startswith(kind)), key[1])
+        note = key if key in exact else alone.get(key[1], alone.get(bare))
+        if note is not None:
+            joined[key] = note
+    if not joined:
+        raise InputError(f"{folder} holds none of the notes of corpus {corpus.card.name!r}")
+    return joined
+
+
+def _found(folder: Path, joined: Mapping[Key, Key], terminology: Terminology) -> dict[Key, list[_Span]]:
+    table = ds.dataset(folder / "mentions", format="parquet").to_table(
+        columns=["institution", "note_id", "start", "end", "concept_id", *AXES]
+    )
+    found: dict[Key, list[_Span]] = defaultdict(list)
+    for row in table.to_pylist():
+        note = joined.get((row["institution"], row["note_id"]))
         if note is not None and row["concept_id"] is not None:
             concept = terminology.resolve(row["concept_id"]) or row["concept_id"]
             found[note].append(_Span(row["start"], row["end"], concept, tuple(row[axis] for axis in AXES)))
@@ -170,10 +179,10 @@ def _match(wanted: Sequence[_Span], got: Sequence[_Span]) -> list[tuple[_Span, _
 
 
 def _state_counts(
-    notes: Sequence[tuple[str, str]],
-    patient_of: Mapping[tuple[str, str], str],
-    gold: Mapping[tuple[str, str], list[_Span]],
-    found: Mapping[tuple[str, str], list[_Span]],
+    notes: Sequence[Key],
+    patient_of: Mapping[Key, str],
+    gold: Mapping[Key, list[_Span]],
+    found: Mapping[Key, list[_Span]],
     terminology: Terminology,
 ) -> np.ndarray:
     """Return (n_patients, 3): states that agree, states found, states in gold; patients in sorted order."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clinical_nlp.errors import ClinicalNlpError, InputError, MissingDataError, RunError, UsageError
+
+STAGE = ".work"
+"""Folder inside the output for what is gone when the batch ends."""
 
 if TYPE_CHECKING:
     from clinical_nlp.extraction.plan import ExtractionConfig, Shard
@@ -117,7 +118,7 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
     from clinical_nlp.extraction.engines.local import process
     from clinical_nlp.extraction.outputs import outputs_written, write_outputs
     from clinical_nlp.extraction.plan import cut, make_plan, settle_plan
-    from clinical_nlp.extraction.shards import STAGE, finished
+    from clinical_nlp.extraction.shards import finished
     from clinical_nlp.language.terminology import load_terminology
     from clinical_nlp.notes.readers import input_files, read_notes, read_patients
     from clinical_nlp.progress import progress
@@ -135,8 +136,8 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
         from clinical_nlp.notes.writers.note_nlp import read_vocabulary
 
         read_vocabulary(Path(config.vocabulary))
-    fresh = not output.exists() or not any(output.iterdir())
-    with _sole_user(output), Run.open(output, config, recipe="extract", resume=resume) as run:
+    fresh = not (output / "plan.json").exists()
+    with Run.open(output, config, recipe="extract", resume=resume) as run:
         settle_plan(output, plan)
         _clear_leftovers(output)
         options = config.read_options(output / STAGE / "scratch")
@@ -223,21 +224,6 @@ def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, i
     )
 
 
-@contextmanager
-def _sole_user(output: Path) -> Iterator[None]:
-    """Hold the output for this process; the lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{output} is in use by another process") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _clear_leftovers(output: Path) -> None:
     """Remove the temporary files that an interrupted write left."""
     for file in output.rglob(".*.tmp"):
@@ -245,9 +231,7 @@ def _clear_leftovers(output: Path) -> None:
 
 
 def _abandon(output: Path) -> None:
-    """Empty a directory in which nothing was done, so that the corrected command can use it."""
-    for path in output.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+    """Take back the start of a batch in which nothing was done, so that the corrected command can use the folder."""
+    for folder in (STAGE, "ledger", "notes", "rejected"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    (output / "plan.json").unlink(missing_ok=True)

@@ -18,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clinical_nlp.extraction import STAGE
 from clinical_nlp.extraction.patients import PATIENTS_SCHEMA, patient_rows
 from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
-from clinical_nlp.extraction.shards import STAGE, clear_write_errors, verifies
+from clinical_nlp.extraction.shards import clear_write_errors, verifies
 from clinical_nlp.language.terminology import Terminology
 from clinical_nlp.notes.schema import Patient
 from clinical_nlp.notes.writers.note_nlp import note_nlp_table, read_vocabulary

@@ -148,6 +148,7 @@ def make_plan(config: ExtractionConfig, *, terminology: Any, inputs: list[Path])
     return {
         "format_version": 1,
         "system": SYSTEM,
+        "code": _code_digest(),
         "config": config.model_dump(mode="json"),
         "terminology": {
             "name": terminology.name,
@@ -170,6 +171,7 @@ _CHANGED = {
     "patient_map": "the patient map changed",
     "vocabulary": "the vocabulary changed",
     "system": "clinical_nlp is another version",
+    "code": "the code or the word lists of clinical_nlp changed",
 }
 
 
@@ -192,6 +194,17 @@ def settle_plan(output: Path, plan: dict[str, Any]) -> None:
         if begun.get(key) != value:
             what = _CHANGED.get(key, f"{key} changed")
             raise RunError(f"{output} cannot be resumed: {what} since it was begun; start again with another --output")
+
+
+def _code_digest() -> str:
+    """Digest of the code and word lists that decide what is found, so that one output is never of two minds."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for room in ("notes", "language", "extraction"):
+        for path in sorted((package / room).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(f"{path.relative_to(package).as_posix()} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _optional_digest(file: str | None) -> str | None:

