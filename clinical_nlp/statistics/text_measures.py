@@ -9,18 +9,27 @@ from typing import Any
 
 import numpy as np
 
-_TOKEN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|\d+|_+|[^\w\s]+")
+_TOKEN = re.compile(r"_*[^\W_]\w*(?:['’][^\W_]+)?|_+|[^\w\s]+")
 NUMBER = "<number>"
+CODE = "<code>"
 RARE = "<rare>"
 
 
 def tokens_of(text: str) -> list[str]:
-    """Split a text into lower-case words, `<number>` for each run of digits, and runs of punctuation.
+    """Split a text into lower-case words, `<number>` for digits, `<code>` for mixtures, and runs of punctuation.
 
-    Punctuation stays because templates and de-identification placeholders are made of it; digits do not, because
-    their values are the patient's.
+    Punctuation stays because templates and de-identification placeholders are made of it. Digits, and words with
+    digits or underscores in them, do not: they are the patient's values and identifiers.
     """
-    return [NUMBER if token[0].isdigit() else token for token in _TOKEN.findall(text.lower())]
+    return [_shown(token) for token in _TOKEN.findall(text.lower())]
+
+
+def _shown(token: str) -> str:
+    if token.isdigit():
+        return NUMBER
+    if any(character.isnumeric() for character in token) or ("_" in token and token.strip("_")):
+        return CODE
+    return token
 
 
 def word_counts(texts: Sequence[str]) -> np.ndarray:

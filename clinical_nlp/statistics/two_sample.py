@@ -113,7 +113,7 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
 
     Returns
     -------
-    TestResult; `effect` is the AUC, with an interval on the logit scale from DeLong's variance over patients, not
+    TestResult; `effect` is the AUC, with an interval on the arcsine scale from DeLong's variance over patients, not
     narrower than the spread over relabellings.
 
     References
@@ -211,15 +211,15 @@ def _placements(scores: np.ndarray, is_target: np.ndarray, weight: np.ndarray) -
 def _auc_interval(aucs: np.ndarray, placement: np.ndarray, plan: PermutationPlan) -> tuple[float, float, str]:
     if min(plan.n_patients) < FEWEST_PATIENTS:
         return math.nan, math.nan, f"no interval: fewer than {FEWEST_PATIENTS} patients in an institution"
-    auc = float(aucs[0])
-    if not 0 < auc < 1:
-        return math.nan, math.nan, "no interval: the institutions are separated completely"
+    # On the arcsine scale the spread hardly depends on the AUC, so that the interval holds up to 1.
+    auc = min(max(float(aucs[0]), 0.0), 1.0)
     sides = [placement[plan.is_target == side] for side in (True, False)]
     scored = math.sqrt(sum(float(np.nanvar(side, ddof=1)) / np.isfinite(side).sum() for side in sides))
+    slope = 2 * math.sqrt(auc * (1 - auc))
     # DeLong leaves out that other patients would have trained another discriminant; relabelling shows how much.
-    trained = float(aucs[1:].std(ddof=1)) * math.sqrt(4 * auc * (1 - auc))
-    logit, width = math.log(auc / (1 - auc)), 1.959964 * max(scored, trained) / (auc * (1 - auc))
-    return 1 / (1 + math.exp(-logit + width)), 1 / (1 + math.exp(-logit - width)), ""
+    reach = 1.959964 * max(scored / slope if slope > 1e-6 else 0.0, float(aucs[1:].std(ddof=1)))
+    angle = math.asin(math.sqrt(auc))
+    return math.sin(max(angle - reach, 0.0)) ** 2, math.sin(min(angle + reach, math.pi / 2)) ** 2, ""
 
 
 # Maximum mean discrepancy ---------------------------------------------------------------------------------------------

@@ -4,13 +4,21 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinical_nlp.statistics.text_measures import NUMBER, RARE, hashed_features, token_shares, tokens_of, word_counts
+from clinical_nlp.statistics.text_measures import (
+    CODE,
+    NUMBER,
+    RARE,
+    hashed_features,
+    token_shares,
+    tokens_of,
+    word_counts,
+)
 
 
 @given(st.text())
 def test_tokens_hold_no_digit_value_and_no_white_space(text):
     for token in tokens_of(text):
-        assert token == NUMBER or not any(c.isdecimal() or c.isspace() for c in token)
+        assert token in (NUMBER, CODE) or not any(c.isnumeric() or c.isspace() for c in token)
 
 
 @settings(deadline=None)
@@ -29,6 +37,10 @@ def test_a_name_of_few_patients_is_rare():
 
 def test_placeholders_are_tokens():
     assert tokens_of("BP 120/80, [**Name**] ___") == ["bp", NUMBER, "/", NUMBER, ",", "[**", "name", "**]", "___"]
+
+
+def test_identifiers_are_codes():
+    assert tokens_of("MRN A1234x visit_99 patient's q6h") == ["mrn", CODE, CODE, "patient's", CODE]
 
 
 def test_features_are_deterministic_and_need_no_text_in_every_note():
