@@ -55,6 +55,7 @@ _CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "p
 _NEAR = 60
 _NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cue phrase
 _STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGNORECASE)
+_OR = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 _CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
 _OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
@@ -266,6 +267,9 @@ def _decide(
         if cue.end > start and not (cue.start == start and cue.end < end and rule.direction == "forward"):
             continue
         if rule.kind == "end":
+            # `no rash, the shakes or fever`: an article or adjective ends a list only where no `or` is to come.
+            if rule.value == "list" and _OR.search(text, cue.end, stop):
+                continue
             closed.update((rule.axis,) if rule.axis else _AXES if cue.end - cue.start > 1 else ("presence", "modality"))
         elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in before:
             if rule.direction == "forward":
@@ -282,7 +286,8 @@ def _decide(
             closed.update((rule.axis,) if rule.axis else _AXES)
         elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in after:
             if rule.direction == "backward":
-                if _reaches(text, end, cue.start, rule.scope, ""):
+                headed = rule.axis != "presence" and ":" in text[end : cue.start]  # `anemia: scan to be done`
+                if not headed and _reaches(text, end, cue.start, rule.scope, ""):
                     after[rule.axis] = cue
             elif rule.value != _PLAIN[rule.axis]:
                 closed.add(rule.axis)
@@ -301,7 +306,8 @@ def _decide(
 def _stronger(text: str, forward: _Cue, backward: _Cue, start: int, end: int) -> _Cue:
     """`no fever is present` and `no rash or fever noted` are absent, `no fever, cough present` says cough is there."""
     nearer = backward.start - end < start - forward.end
-    if backward.rule.value == "present" and nearer and not _CONTINUES.search(text, forward.end, start):
+    listed = _CONTINUES.search(text, forward.end, start) or _OR.search(text, end, backward.start)
+    if backward.rule.value == "present" and nearer and not listed:
         return backward
     gain = _STRENGTH.get(backward.rule.value, 0) - _STRENGTH.get(forward.rule.value, 0)
     return backward if gain > 0 else forward

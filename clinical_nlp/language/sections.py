@@ -142,8 +142,9 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
         if mark and mark[0] == ":":
             return category
         # Without a colon it must look like a heading: alone on its line and not a lower-case word of prose.
-        before = text[: found.start()] if found.start() < 3 else text[found.start() - 2 : found.start()]
-        if alone and (name[0].isupper() or len(words) > 1 or before.strip(" \t") in ("", "\n\n")):
+        before = text[max(0, found.start() - 3) : found.start()]
+        ended = before.endswith("\n\n") or before.strip()[-1:] in (".", "!", "?", ":", ";", "")
+        if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or ended):
             return category
         return category if mark and name.isupper() else None
     capitals = name.isupper() and len(name) > 3

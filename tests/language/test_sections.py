@@ -22,6 +22,8 @@ def named(text):
         ("**Medications**\nx", [("Medications", "medications")]),
         ("1. PHYSICAL EXAM\nx\n2. LABS\ny", [("PHYSICAL EXAM", "physical_exam"), ("LABS", "laboratory")]),
         ("Allergies\nnone", [("Allergies", "allergies")]),
+        ("pmh\n- gout", [("pmh", "past_medical_history")]),
+        ("Gout in 2006.\nmedications\n- x", [("medications", "medications")]),
         ("HPI\nx", [("HPI", "history_of_present_illness")]),
         ("PLAN - rest", [("PLAN", "assessment_plan")]),
         (
@@ -51,6 +53,7 @@ def test_headers(text, expected):
         "Her family history is unknown.",
         "BP: 120/80",
         "no assessment was possible\n",
+        "He was sent home on the same list of\nmedications.\n",
     ],
 )
 def test_prose_is_no_header(text):

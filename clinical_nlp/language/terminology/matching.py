@@ -24,6 +24,7 @@ _FOLDER = Path(__file__).parent
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s]|\n")
 _WORD = re.compile(r"[^\W_]+")
 _OPTIONAL = re.compile(r"\s*[\(\[][^)\]]*[\)\]]")
+_JOINED = re.compile(r"[,/&+]| (?:and|or|nor) ", re.IGNORECASE)
 _ABNORMAL = re.compile(r"(?:abnormal(?:ity)?|anomaly) (?:of )?(?:the )?(.+?)(?: morphology)?$", re.IGNORECASE)
 _ADJACENT, _FREE, _WEAK, _CONJUNCTION, _HARD = range(5)
 _MAX_WORDS = 9
@@ -47,6 +48,7 @@ class _Entry(NamedTuple):
     words: tuple[int, ...]
     orders: dict[tuple[int, ...], tuple[str, float]]
     default: tuple[str, float]
+    joined: frozenset[tuple[int, ...]]  # the orders of names that hold a conjunction or comma themselves
 
 
 class _Word(NamedTuple):
@@ -109,6 +111,8 @@ class Matcher:
             if any(taken[first:last]):
                 continue
             taken[first:last] = b"\1" * size
+            if text[starts[first] : ends[last - 1]].lower() in self._guarded:
+                continue
             kept.append((first, last))
             matches.append(Match(starts[first], ends[last - 1], concept_id, score))
         matches += self._coordinated(kept, ids, starts, ends, gaps)
@@ -273,7 +277,7 @@ class Matcher:
 
     def _build(self) -> None:
         terminology = self.terminology
-        guarded = {row["form"].lower() for row in _rows("guards.csv")}
+        self._guarded = frozenset(row["form"].lower() for row in _rows("guards.csv"))
         names: list[tuple[str, Name]] = []
         for concept_id in terminology.ids:
             if concept_id in self.ids:
@@ -286,10 +290,10 @@ class Matcher:
         names += [extra for concept_id, name in names for extra in _general(concept_id, name)]
         self._abbreviations: dict[str, tuple[str, float]] = {}
         stems: dict[str, int] = {}
-        bags: dict[tuple[str, ...], list[tuple[tuple[str, ...], str, float, str]]] = {}
+        bags: dict[tuple[str, ...], list[tuple[tuple[str, ...], str, float, str, bool]]] = {}
         for concept_id, name in sorted(names, key=lambda n: (SCOPES.index(n[1].scope), n[0], n[1].text)):
             text = name.text
-            if text.lower() in guarded:
+            if text.lower() in self._guarded:
                 continue
             if _is_abbreviation(name):
                 if text.isalnum():
@@ -299,7 +303,8 @@ class Matcher:
             for variant in variants:
                 for words, only in _name_words(variant):
                     if words and len(words) <= _MAX_WORDS and any(len(word) > 1 for word in words):
-                        reading = (words, concept_id, _WEIGHT[name.scope], only)
+                        joined = _JOINED.search(variant) is not None
+                        reading = (words, concept_id, _WEIGHT[name.scope], only, joined)
                         bags.setdefault(tuple(sorted(words)), []).append(reading)
         for bag in bags:
             for word in bag:
@@ -315,22 +320,28 @@ class Matcher:
         for bag, readings in bags.items():
             numbers = tuple(sorted(self._vocabulary[word] for word in bag))
             orders: dict[tuple[int, ...], tuple[str, float]] = {}
-            for words, concept_id, weight, _ in readings:
-                orders.setdefault(tuple(self._vocabulary[word] for word in words), (concept_id, weight))
+            joined_orders: set[tuple[int, ...]] = set()
+            for words, concept_id, weight, _, joined in readings:
+                order = tuple(self._vocabulary[word] for word in words)
+                orders.setdefault(order, (concept_id, weight))
+                if joined:
+                    joined_orders.add(order)
             default = (readings[0][1], readings[0][2])
             if len(numbers) == 1:
-                self._singles[numbers[0]] = [(only, concept_id, weight) for _, concept_id, weight, only in readings]
+                self._singles[numbers[0]] = [(only, concept_id, weight) for _, concept_id, weight, only, _ in readings]
                 continue
             for position, number in enumerate(numbers):
                 partners[number].update(numbers[:position] + numbers[position + 1 :])
-            self._index[sum(self._values[number] for number in numbers)] = _Entry(numbers, orders, default)
+            self._index[sum(self._values[number] for number in numbers)] = _Entry(
+                numbers, orders, default, frozenset(joined_orders)
+            )
         self._partners = [frozenset(others) for others in partners]
 
 
 def _accept(entry: _Entry, words: tuple[int, ...], worst: int, free: int) -> tuple[str, float] | None:
     hit = entry.orders.get(words)
-    if hit is not None:
-        return hit
+    if hit is not None:  # `blood and urine` is not blood in urine
+        return hit if worst != _CONJUNCTION or words in entry.joined else None
     # Another order: within one phrase, and joined by a preposition or with the modifier put last.
     if worst >= _WEAK:
         return None
