@@ -28,7 +28,7 @@ from clinical_nlp.training.trainer import TrainingConfig, train
 class TinyConfig(Config):
     """Train the built-in model from nothing."""
 
-    corpora: list[str] = Field(default=["codiesp", "mts_dialog", "aci_bench", "ncbi_disease", "bc5cdr"])
+    corpora: list[str] = Field(default=["codiesp", "aci_bench", "ncbi_disease", "bc5cdr"])
     """Open corpora whose training parts are read."""
     repeats: int = Field(default=4, ge=1)
     """How often the open corpora are read for each time that the synthetic notes are."""
