@@ -17,13 +17,23 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from clinical_nlp.errors import UsageError, nearest
+from clinical_nlp.errors import UsageError
 from clinical_nlp.notes.readers.dates import note_time, parse_date
 from clinical_nlp.notes.readers.demographics import sex_of
 from clinical_nlp.notes.readers.files import UnreadableError, walk
 from clinical_nlp.notes.readers.options import Reading
 from clinical_nlp.notes.readers.over_files import over_files
-from clinical_nlp.notes.readers.rows import SUFFIXES, Row, body_value, columns, rows, suffix, table_name, text_value
+from clinical_nlp.notes.readers.rows import (
+    SUFFIXES,
+    Row,
+    body_value,
+    columns,
+    near_column,
+    rows,
+    suffix,
+    table_name,
+    text_value,
+)
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected, Skipped
 
 INSTITUTION = "BIDMC"
@@ -90,10 +100,10 @@ def _check_columns(path: Path, reading: Reading) -> None:
     if not known & {"note_id", "row_id"}:
         missing.append("note_id")
     if present and missing:
-        told = "; no column ".join(f"{column!r}{nearest(column, present)}" for column in missing)
+        told = "; no column ".join(f"{column!r}{near_column(column, present)}" for column in missing)
         raise UsageError(f"table {name} has no column {told}; is it a note table of MIMIC?")
     if present and level is not None and level.lower() not in known:
-        raise UsageError(f"institution_from {level!r} is not a column of {name}{nearest(level, present)}")
+        raise UsageError(f"institution_from {level!r} is not a column of {name}{near_column(level, present)}")
 
 
 def _index_shifts(reading: Reading) -> None:

@@ -20,13 +20,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from clinical_nlp.errors import InputError, UsageError, nearest
+from clinical_nlp.errors import InputError, UsageError
 from clinical_nlp.notes.readers.dates import note_time, parse_date
 from clinical_nlp.notes.readers.demographics import sex_of
 from clinical_nlp.notes.readers.files import UnreadableError, walk
 from clinical_nlp.notes.readers.options import Reading
 from clinical_nlp.notes.readers.over_files import over_files
-from clinical_nlp.notes.readers.rows import SUFFIXES, DuckDb, Row, body_value, columns, rows, suffix, text_value
+from clinical_nlp.notes.readers.rows import (
+    SUFFIXES,
+    DuckDb,
+    Row,
+    body_value,
+    columns,
+    near_column,
+    rows,
+    suffix,
+    text_value,
+)
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected
 
 _TABLES = ("note", "person", "visit_occurrence", "care_site", "concept", "death")
@@ -223,11 +233,11 @@ def _check_columns(found: dict[str, list[str]], reading: Reading) -> None:
         known = {column.lower() for column in present}
         missing = [column for column in _NEEDED if column not in known]
         if missing:
-            told = "; no column ".join(f"{column!r}{nearest(column, present)}" for column in missing)
+            told = "; no column ".join(f"{column!r}{near_column(column, present)}" for column in missing)
             raise UsageError(f"table NOTE in {name} has no column {told}")
         if level not in (None, "care_site") and level.lower() not in known:
             raise UsageError(
-                f"institution_from {level!r} is neither care_site nor a column of NOTE{nearest(level, present)}"
+                f"institution_from {level!r} is neither care_site nor a column of NOTE{near_column(level, present)}"
             )
 
 

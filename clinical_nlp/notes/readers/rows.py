@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import math
@@ -84,6 +85,16 @@ def columns(path: Path, name: str, encoding: str) -> list[str]:
         return list(found)
     with _open_csv(path, name, encoding) as text:
         return _header(text, name)[0]
+
+
+def near_column(wanted: str, present: Collection[str]) -> str:
+    """Return `; did you mean 'x'?` for a column that is nearly the wanted one.
+
+    The others are not listed: the first line of a table without a header is a patient's.
+    """
+    by_key = {column.lower(): column for column in present}
+    close = difflib.get_close_matches(wanted.lower(), sorted(by_key), n=1, cutoff=0.6)
+    return f"; did you mean {by_key[close[0]]!r}?" if close else ""
 
 
 def text_value(value: Any) -> str | None:

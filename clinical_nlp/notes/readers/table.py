@@ -24,7 +24,17 @@ from clinical_nlp.notes.readers.files import UnreadableError, walk
 from clinical_nlp.notes.readers.line_split import Joined, Piece, join
 from clinical_nlp.notes.readers.options import Reading, ReadOptions
 from clinical_nlp.notes.readers.over_files import over_files
-from clinical_nlp.notes.readers.rows import SUFFIXES, Row, body_value, columns, rows, suffix, table_name, text_value
+from clinical_nlp.notes.readers.rows import (
+    SUFFIXES,
+    Row,
+    body_value,
+    columns,
+    near_column,
+    rows,
+    suffix,
+    table_name,
+    text_value,
+)
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected, Skipped
 
 REQUIRED = ("note_id", "patient_id", "institution", "text")
@@ -135,7 +145,7 @@ def column_mapping(present: list[str], name: str, options: ReadOptions) -> tuple
             continue
         elif field in REQUIRED or field in asked:
             what = repr(column) if column == field else f"{column!r} (for {field})"
-            missing.append(what + nearest(column, present))
+            missing.append(what + near_column(column, present))
     if not missing:
         return mapping, None
     remedy = "map it with --columns.FIELD=COLUMN" + (
@@ -245,7 +255,8 @@ def _clarity(texts: list[Path], infos: list[Path], reading: Reading) -> Iterator
             wanted = " or ".join(column.upper() for column in _CLARITY[lacking[0]])
             raise UsageError(f"table {reading.name(path)} has no column {wanted}; a Clarity note table needs it")
     if level is not None and level.lower() not in seen:
-        raise UsageError(f"institution_from {level!r} is a column of none of the tables{nearest(level, set(seen))}")
+        near = near_column(level, set(seen))
+        raise UsageError(f"institution_from {level!r} is a column of none of the tables{near}")
 
     def pieces(path: Path, name: str) -> Iterator[Any]:
         for row in rows(path, name, options.encoding, set(mappings[path].values())):
