@@ -324,8 +324,7 @@ def demo(words: list[str]) -> int:
     output = arguments.output or _fresh(Path("demo-output"))
     from clinical_nlp.demo import run_demo
 
-    run_demo(output, arguments.seed)
-    return 0
+    return _finished(run_demo(output, arguments.seed), "demo")
 
 
 def _fresh(folder: Path) -> Path:
@@ -454,13 +453,17 @@ def _execute(recipe: Recipe, arguments: argparse.Namespace, overrides: dict[str,
         return _print_config(config)
     if arguments.output is None:
         raise UsageError("--output DIR is needed")
-    result = execute(recipe, config, output=arguments.output, resume=arguments.resume)
+    return _finished(execute(recipe, config, output=arguments.output, resume=arguments.resume), recipe.name)
+
+
+def _finished(result: Run, name: str) -> int:
+    """Say what a run did in numbers and where the result is."""
     if not is_main_process():
         return 0
     _show_metrics(result)
     rejected = _rejected(result.manifest)
     seconds = result.manifest.get("duration_seconds")
-    print(f"{recipe.name}: {len(result.metrics)} metrics" + (f" in {seconds:.0f} s" if seconds is not None else ""))
+    print(f"{name}: {len(result.metrics)} figures" + (f" in {seconds:.0f} s" if seconds is not None else ""))
     if rejected:
         print(f"{rejected} records were rejected; the reasons are in {result.path}")
     report = result.path / "report.html"
@@ -476,7 +479,7 @@ def _print_config(config: Config) -> int:
 
 
 def _show_metrics(run: Run) -> None:
-    """Print the figures with their intervals, the aggregate ones first."""
+    """Print the figures with their intervals; where there are too many, the aggregate ones."""
     rows = []
     for name, found in run.metrics.items():
         if not isinstance(found, dict) or "value" not in found:
@@ -485,7 +488,8 @@ def _show_metrics(run: Run) -> None:
         value, low, high = ("-" if number is None else f"{number:.4g}" for number in numbers)
         where = f"{found.get('n_patients')} patients, {found.get('n_notes')} notes"
         rows.append((name, value, "no interval" if "-" in (low, high) else f"{low} to {high}", where))
-    rows.sort(key=lambda row: row[0].count("."))
+    if len(rows) > _SHOWN_METRICS:
+        rows.sort(key=lambda row: row[0].count("."))
     for name, value, interval, where in rows[:_SHOWN_METRICS]:
         width = max(len(row[0]) for row in rows[:_SHOWN_METRICS])
         print(f"{name:<{width}}  {value:>8}  {interval:<18}  {where}")
@@ -497,7 +501,7 @@ def _rejected(manifest: Mapping[str, Any]) -> int:
     """Return how many input records a run rejected, wherever in its manifest the recipe counted them."""
     count = 0
     for key, value in manifest.items():
-        if key == "rejected" and isinstance(value, int):
+        if key in ("rejected", "n_rejected") and isinstance(value, int):
             count += value
         elif isinstance(value, dict) and key != "config":
             count += _rejected(value)
