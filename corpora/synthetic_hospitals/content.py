@@ -117,7 +117,7 @@ def load_content(bank: str) -> Content:
     dosing = {}
     for row in _rows("drugs.csv"):
         key = "drug:" + row["key"]
-        generic = row["key"].replace("_", "-") if row["key"] in _COMBINED else row["key"].replace("_", " ")
+        generic = _SPELLED.get(row["key"]) or row["key"].replace("_", "-" if row["key"] in _COMBINED else " ")
         entities[key] = Entity(key, "drug", "drug", None, None, None, (generic, row["brand"]), ())
         dosing[key] = Dosing(_split(row["doses"], ","), row["unit"], row["route"], _split(row["frequencies"]))
     for row in _rows("procedures.csv"):
@@ -138,6 +138,7 @@ def load_content(bank: str) -> Content:
     return Content(entities, conditions, dosing, idioms)
 
 
+_SPELLED = {"vitamin_d": "vitamin D", "ivig": "IVIG"}
 _COMBINED = ("fluticasone_salmeterol", "piperacillin_tazobactam", "carbidopa_levodopa", "amoxicillin_clavulanate")
 
 

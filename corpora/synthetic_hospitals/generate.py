@@ -22,7 +22,7 @@ from clinical_nlp.corpora.synthetic_hospitals.style import (
     make_institution,
     stream,
 )
-from clinical_nlp.corpora.synthetic_hospitals.writing import Draft, Mark, Writer
+from clinical_nlp.corpora.synthetic_hospitals.writing import Draft, Passage, Writer
 from clinical_nlp.errors import UsageError
 from clinical_nlp.notes.schema import (
     CODE_SCHEMA,
@@ -158,7 +158,7 @@ def _patient_notes(content: Content, institution: Institution, latent: Latent, n
                    covariate: float, concept: float, spurious: float) -> Iterator[GoldNote]:  # fmt: skip
     person = Patient(latent.patient_id, latent.sex, latent.birth_date)
     has_target = TARGET in latent.conditions
-    memory: tuple[str, list[Mark]] | None = None
+    memory: Passage | None = None
     seen: set[str] = set()
     for place, kind in enumerate(_note_types(institution, latent.n_notes, covariate, seed, institution.index, number)):
         key = (seed, institution.index, number, place)

@@ -31,7 +31,7 @@ _COMMON = (
     "fever", "chills", "chest_pain", "dyspnea", "cough", "nausea", "vomiting", "diarrhea", "abdominal_pain",
     "constipation", "headache", "dizziness", "dysuria", "hematuria", "rash", "palpitations", "edema", "weight_loss",
     "syncope", "night_sweats", "blurred_vision", "back_pain", "suicidal", "melena", "hemoptysis", "anorexia",
-    "malaise", "weakness", "stridor", "incontinence", "cramps", "tinnitus", "urticaria", "ataxia", "cyanosis",
+    "malaise", "weakness", "stridor", "incontinence", "cramps", "tinnitus", "urticaria", "ataxia",
     "jaundice", "hallucinations", "bleeding", "sore_throat", "numbness",
 )  # fmt: skip
 _EXAM_ABSENT = (
@@ -55,6 +55,11 @@ MEASURED = frozenset((
     "hyponatremia", "hyperglycemia", "hypoglycemia", "proteinuria", "elevated_transaminases", "reduced_ef", "lvh",
 ))  # fmt: skip
 """Findings that a laboratory or a test shows, not the patient."""
+UNFELT = MEASURED | {
+    "crackles", "murmur", "jvd", "hepatomegaly", "splenomegaly", "ascites", "petechiae", "pallor", "rigidity",
+    "bradykinesia", "orthostasis", "hypotension", "hydronephrosis", "tachypnea", "cyanosis", "hypoxemia",
+}  # fmt: skip
+"""Findings that a patient does not complain of."""
 _LATERAL = frozenset((
     "pleural_effusion", "infiltrate", "atelectasis", "pneumothorax", "hip_fracture", "dvt", "hydronephrosis",
     "nephrolithiasis", "cataract", "hemiparesis", "facial_droop", "flank_pain", "limb_pain", "cellulitis", "subdural",
@@ -148,7 +153,7 @@ class Population:
         for key in tuple(has):
             has.update(content.entities[key].implies)
         pertinent = [item for key in conditions for item in content.conditions[key].findings
-                     if item not in has and item not in MEASURED]  # fmt: skip
+                     if item not in has and item not in UNFELT]  # fmt: skip
         absent = random.sample([item for item in _COMMON if item not in has], 8)
         absent = list(dict.fromkeys([*pertinent[:4], *absent]))
         absent = [item for item in absent if sex == "female" or content.entities[item].system != "reproductive"]

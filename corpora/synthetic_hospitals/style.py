@@ -43,6 +43,9 @@ SHARED: dict[str, tuple[Any, ...]] = {
 
 `typos` is per hundred words, `length` counts how much is said, `abbreviations`, `lay` and `copying` are rates."""
 
+_FAVOURITES = {"filler": 6, "nurse_filler": 6, "social": 4, "exam_normal": 8}
+"""How many idioms of a category are an institution's own, where it is not two: neutral sentences must not repeat."""
+
 NOTE_TYPES = ("admission", "progress", "nursing", "radiology", "discharge", "clinic")
 
 NOTE_MIX: dict[str, tuple[float, ...]] = {
@@ -88,8 +91,10 @@ def make_institution(index: int, seed: int, idioms: dict[str, tuple[tuple[str, .
         random = stream(seed, "own", name, cycle)
         random.shuffle(distinct)
         style[name] = distinct[place]
-    favourites = {name: tuple(stream(seed, "favourite", index, name).sample(found, min(2, len(found))))
-                  for name, found in idioms.items()}  # fmt: skip
+    favourites = {}
+    for name, found in idioms.items():
+        n = min(_FAVOURITES.get(name, 2), len(found))
+        favourites[name] = tuple(stream(seed, "favourite", index, name).sample(found, n))
     classes = list(ANNOTATED)
     stream(seed, "convention").shuffle(classes)
     omitted = tuple(classes[(3 * index + step) % len(classes)] for step in range(3))

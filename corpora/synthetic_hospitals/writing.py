@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from random import Random
 
 from clinical_nlp.corpora.synthetic_hospitals.content import Content, Template
-from clinical_nlp.corpora.synthetic_hospitals.patients import MEASURED, SIGNS, Patient
+from clinical_nlp.corpora.synthetic_hospitals.patients import MEASURED, SIGNS, UNFELT, Patient
 from clinical_nlp.corpora.synthetic_hospitals.style import Institution, Style
 
 Axes = tuple[str, str, str, str]
@@ -37,6 +37,19 @@ Slot = str | Mention | list[Mention]
 Mark = tuple[int, int, str, Axes, str, int, tuple[str, ...], int]
 
 
+Fact = tuple[str, str, Axes, str | None, float | None, str | None]
+"""kind, entity key, axes, side, value, unit"""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage that the next note may copy: offsets from its own start, and the facts it was written from."""
+
+    text: str
+    marks: list[Mark]
+    facts: list[Fact]
+
+
 @dataclass(slots=True)
 class Draft:
     """A finished note before it becomes rows: text, marks, facts, and where the radiology parts are."""
@@ -44,9 +57,9 @@ class Draft:
     text: str
     title: str
     marks: list[Mark]
-    facts: list[tuple[str, str, Axes, str | None, float | None, str | None]]
+    facts: list[Fact]
     parts: dict[str, tuple[int, int]]
-    memory: tuple[str, list[Mark]] | None
+    memory: Passage | None
 
 
 _SECTIONS: dict[str, tuple[str, tuple[str, str, str, str]]] = {
@@ -177,9 +190,11 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 class Writer:
     """Writes one note. Make one, call `write` once."""
 
-    __slots__ = ("_content", "_covariate", "_facts", "_favourites", "_idioms", "_known", "_length", "_marks", "_one",
-                 "_parts", "_patient", "_pieces", "_pronouns", "_random", "_section", "_spoken", "_style", "_tags",
-                 "_type", "_when")  # fmt: skip
+    __slots__ = (
+        "_content", "_covariate", "_facts", "_favourites", "_felt", "_idioms", "_known", "_length", "_marks", "_parts",
+        "_patient", "_pieces", "_pronouns", "_random", "_said", "_section", "_spoken", "_style", "_tags", "_type",
+        "_when",
+    )  # fmt: skip
 
     def __init__(self, content: Content, institution: Institution, patient: Patient, style: Style, random: Random, *,
                  covariate: float, note_type: str, when: datetime) -> None:  # fmt: skip
@@ -189,13 +204,15 @@ class Writer:
         self._pieces: list[str] = []
         self._length = 0
         self._marks: list[Mark] = []
-        self._facts: list[tuple[str, str, Axes, str | None, float | None, str | None]] = []
+        self._facts: list[Fact] = []
         self._known: dict[tuple[object, ...], int] = {}
         self._parts: dict[str, tuple[int, int]] = {}
         self._section = "other"
         self._tags: tuple[str, ...] = ()
         self._pronouns = _SHE if patient.sex == "female" else _HE
         self._spoken: dict[str, int] = {}
+        self._said: set[str] = set()
+        self._felt = [key for key in patient.findings if key not in UNFELT]
 
     # -- small words ------------------------------------------------------------------------------------------------
 
@@ -208,7 +225,14 @@ class Writer:
 
     def _idiom(self, category: str) -> Template:
         found = self._favourites[category] if self._random() < self._covariate else self._idioms[category]
-        return found[int(self._random() * len(found))]
+        chosen = found[int(self._random() * len(found))]
+        if category in _NEUTRAL:
+            for _ in range(3):
+                if chosen[0] not in self._said:
+                    break
+                chosen = found[int(self._random() * len(found))]
+            self._said.add(chosen[0])
+        return chosen
 
     def _fact(self, kind: str, key: str, axes: Axes, side: str | None, value: float | None, unit: str | None) -> int:
         known = (kind, key, axes, side, value)
@@ -300,6 +324,8 @@ class Writer:
             return f"{days} days" if days > 1 else "one day"
         if slot == "age":
             return _age(self._patient.age, self._style["demographic"])
+        if slot == "an":
+            return "an" if str(self._patient.age)[0] == "8" or self._patient.age == 18 else "a"
         if slot == "sex":
             return _sex(self._patient.sex, self._style["demographic"])
         if slot == "year":
@@ -398,8 +424,8 @@ class Writer:
         start = int(self._random() * len(items))
         return [items[(start + step) % len(items)] for step in range(n)]
 
-    def write(self, memory: tuple[str, list[Mark]] | None, marker: int) -> Draft:
-        """Write the note. `memory` is a passage of the patient's previous note, with its marks, that may be copied."""
+    def write(self, memory: Passage | None, marker: int) -> Draft:
+        """Write the note. `memory` is a passage of the patient's previous note that may be copied."""
         style = self._style
         names = style["header_names"]
         if style["letterhead"]:
@@ -448,7 +474,8 @@ class Writer:
         text = "".join(self._pieces)
         if kept is not None:
             (a, i), (b, j) = kept, kept_end
-            memory = (text[a:b], [(m[0] - a, m[1] - a, *m[2:]) for m in self._marks[i:j]])  # type: ignore[misc]
+            marks_of = [(m[0] - a, m[1] - a, *m[2:]) for m in self._marks[i:j]]
+            memory = Passage(text[a:b], marks_of, self._facts)  # type: ignore[arg-type]
         if style["wrap"]:
             text = _wrap(text, style["wrap"])
         if style["typos"]:
@@ -461,16 +488,12 @@ class Writer:
             text = text.upper()
         return Draft(text, title, self._marks, self._facts, self._parts, memory)
 
-    def _copy(self, memory: tuple[str, list[Mark]]) -> None:
+    def _copy(self, memory: Passage) -> None:
         """Copy a passage forward, with its gold."""
-        text, marks = memory
         shift = self._length
-        self._text(text)
-        for start, end, key, axes, _, _, tags, width in marks:
-            kind = self._content.entities[key].label
-            fact = "finding" if kind == "problem" else "plan" if axes[1] == "future" else kind
-            side = self._patient.sides.get(key) if width else None
-            number = self._fact(fact, key, axes, side, None, None)
+        self._text(memory.text)
+        for start, end, key, axes, _, fact, tags, width in memory.marks:
+            number = self._fact(*memory.facts[fact])
             self._marks.append((start + shift, end + shift, key, axes, self._section, number, (*tags, "copied"), width))
 
     def _wanted(self, key: str) -> bool:
@@ -488,18 +511,19 @@ class Writer:
     # -- sections ---------------------------------------------------------------------------------------------------
 
     def _chief(self) -> None:
-        symptoms = [key for key in self._patient.findings if key not in MEASURED][: 1 + int(self._random() * 2)]
+        symptoms = self._felt[: 1 + int(self._random() * 2)]
         self._list(self._present(symptoms or self._patient.conditions[:1]), ", ", True)
         self._text(".")
 
     def _opening(self) -> list[str]:
         """Say who comes with what; return the symptoms that are still unsaid."""
         patient = self._patient
-        symptoms = [key for key in patient.findings if key not in MEASURED]
+        symptoms = self._felt
         first = symptoms[:2] or patient.conditions[:1]
         chronic = [key for key in patient.conditions[1:] if self._content.conditions[key].chronic][:1]
-        known = (chronic or patient.resolved[:1] or patient.conditions[-1:])[0]
-        self._say("opening", also=self._present(first), h=(known, HISTORICAL), k=(known, PRESENT))
+        known = (chronic or patient.conditions[-1:])[0]
+        once = (chronic or patient.resolved[:1] or patient.conditions[-1:])[0]
+        self._say("opening", also=self._present(first), h=(once, HISTORICAL), k=(known, PRESENT))
         return symptoms[2:]
 
     def _symptoms(self, keys: Sequence[str]) -> None:
@@ -530,6 +554,15 @@ class Writer:
         if self._random() < 0.4 and self._patient.uncertain:
             self._text(" ")
             self._say("hedge", f=(self._pick(self._patient.uncertain), UNCERTAIN))
+        drugs = self._patient.drugs
+        if style["length"] > 1 and drugs and self._random() < 0.6:
+            drug = drugs[int(self._random() * len(drugs))]
+            if drug[3] == self._patient.conditions[0] and self._type == "admission":
+                self._text(" ")
+                self._say("emergency", d=(drug[0], PRESENT))
+            elif self._content.conditions[drug[3]].chronic:
+                self._text(" ")
+                self._say("taking", d=(drug[0], PRESENT), c=(drug[3], PRESENT))
         if style["length"] == 3 and self._patient.procedures:
             self._text(" ")
             self._say("done", p=(self._patient.procedures[0], PRESENT))
@@ -546,9 +579,8 @@ class Writer:
 
     def _interval(self) -> None:
         patient, length = self._patient, self._style["length"]
-        symptoms = [key for key in patient.findings if key not in MEASURED]
         self._say("filler")
-        for key in self._some(symptoms, length):
+        for key in self._some(self._felt, length):
             self._text(" ")
             if self._random() < 0.4:
                 self._say("resolved", f=(key, HISTORICAL))
@@ -600,14 +632,15 @@ class Writer:
 
     def _social(self) -> None:
         self._say("social")
+        self._text(" ")
+        self._say("habit")
         if self._style["length"] > 1:
             self._text(" ")
             self._say("social")
 
     def _review(self) -> None:
         patient = self._patient
-        symptoms = [key for key in patient.findings if key not in MEASURED]
-        mentions = self._present(self._some(symptoms, 2))
+        mentions = self._present(self._some(self._felt, 2))
         if mentions:
             self._say("symptoms", f=mentions[0], also=mentions)
             self._text(" ")
@@ -792,8 +825,7 @@ class Writer:
         for procedure in patient.procedures[:length]:
             self._text(" ")
             self._say("done", p=(procedure, PRESENT))
-        symptoms = [key for key in patient.findings if key not in MEASURED]
-        for key in self._some(symptoms, length):
+        for key in self._some(self._felt, length):
             self._text(" ")
             if self._random() < 0.65:
                 self._say("resolved", f=(key, HISTORICAL))
@@ -803,9 +835,13 @@ class Writer:
             self._text(" ")
             self._say("hedge", f=(self._pick(patient.uncertain), UNCERTAIN))
         if length > 1:
-            for key in patient.conditions[1:length]:
+            for key in patient.conditions[1 : 1 + length]:
                 self._text(" ")
                 self._say("problem", c=(key, PRESENT))
+                given = next((drug[0] for drug in patient.drugs if drug[3] == key), None)
+                if given and self._random() < 0.6:
+                    self._text(" ")
+                    self._say("continue", d=(given, PRESENT))
         self._text(" ")
         self._say("filler")
 
@@ -820,9 +856,8 @@ class Writer:
 
     def _shift(self) -> None:
         patient, length = self._patient, self._style["length"]
-        symptoms = [key for key in patient.findings if key not in MEASURED]
         self._say("nurse_filler")
-        for key in self._some(symptoms, length):
+        for key in self._some(self._felt, length):
             self._text(" ")
             self._say("nurse_pos", f=(key, PRESENT))
         self._text(" ")
@@ -873,7 +908,7 @@ class Writer:
     def _radiology(self, key: str, study: str) -> None:
         patient, length = self._patient, self._style["length"]
         if key == "indication":
-            symptoms = [item for item in patient.findings if item not in MEASURED] or patient.conditions[:1]
+            symptoms = self._felt or patient.conditions[:1]
             self._text(f"{_age(patient.age, self._style['demographic'])} "
                        f"{_sex(patient.sex, self._style['demographic'])} with ")  # fmt: skip
             self._mention((symptoms[0], PRESENT))
@@ -917,6 +952,7 @@ class Writer:
             self._items(writers, listed=True)
 
 
+_NEUTRAL = frozenset(("filler", "nurse_filler", "social"))
 _STRICT = frozenset(("findings", "impression", "physical_exam"))
 _PLAIN = frozenset(("chief_complaint", "discharge_instructions"))
 _TERSE = frozenset(("past_medical_history", "assessment_plan", "impression", "imaging", "hospital_course",

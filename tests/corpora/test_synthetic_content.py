@@ -12,8 +12,8 @@ from clinical_nlp.corpora.synthetic_hospitals.content import BANKS, bank_lines, 
 
 FOLDER = Path(content.__file__).parent
 SLOTS = {
-    "f", "c", "h", "k", "d", "p", "also", "either", "rel", "relative", "age", "sex", "he", "He", "his", "him", "dur",
-    "year", "years", "day", "weeks", "specialty", "name", "date",
+    "f", "c", "h", "k", "d", "p", "also", "either", "rel", "relative", "an", "age", "sex", "he", "He", "his", "him",
+    "dur", "year", "years", "day", "weeks", "specialty", "name", "date",
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_templates_use_known_slots_and_say_what_they_are_given(bank):
     lines = bank_lines(bank)
     assert {line.partition(":")[0] for line in lines["lay"]} <= set(load_content(bank).entities)
     mention = {"f", "c", "d", "p", "also", "either"}
-    plain = {"filler", "nurse_filler", "exam_normal", "social", "img_normal", "img_clear", "followup"}
+    plain = {"filler", "nurse_filler", "exam_normal", "social", "habit", "img_normal", "img_clear", "followup"}
     for category, templates in lines.items():
         if category == "lay":
             continue
