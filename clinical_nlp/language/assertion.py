@@ -172,7 +172,8 @@ def assert_spans(
 
 def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section) -> Assertion:
     default = _DEFAULTS.get(section.category)
-    if default is not None and default[0] not in chosen:
+    denied = "presence" in chosen and chosen["presence"][0] == "absent"
+    if default is not None and default[0] not in chosen and not (denied and default[0] == "temporality"):
         chosen[default[0]] = (default[1], section.header_start, section.header_end)
     values = {axis: chosen[axis][0] for axis in chosen}
     cues = tuple(sorted((c for a, c in chosen.items() if c[0] != _PLAIN[a]), key=lambda c: (c[1], c[0])))

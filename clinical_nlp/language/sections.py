@@ -86,7 +86,7 @@ def _category(name: str) -> str | None:
         return table[key]
     if "(" in name:
         key = _key(re.sub(r"\([^)]*\)?", " ", name))
-    return table.get(key) or table.get(key.removesuffix("s"))
+    return table.get(key) or (table.get(key.removesuffix("s")) if len(key) > 4 else None)
 
 
 def is_header(line: str) -> bool:
@@ -142,9 +142,11 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
         if mark and mark[0] == ":":
             return category
         # Without a colon it must look like a heading: alone on its line and not a lower-case word of prose.
-        before = text[max(0, found.start() - 3) : found.start()]
-        ended = before.endswith("\n\n") or before.strip()[-1:] in (".", "!", "?", ":", ";", "")
-        if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or ended):
+        before = text[max(0, found.start() - 60) : found.start()].rstrip(" \t")
+        previous = before[:-1].rpartition("\n")[2].strip()  # the line above, or its last 60 characters
+        wrapped = len(previous) > 50 and previous[-1] not in ".!?:;"
+        marked = text[found.start() : found.start("name")].strip()
+        if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or marked or not wrapped):
             return category
         return category if mark and name.isupper() else None
     capitals = name.isupper() and len(name) > 3

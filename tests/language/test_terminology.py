@@ -104,6 +104,11 @@ def test_only_phenotypic_abnormalities_are_matched(obo):
     assert [m.concept_id for m in wide.match(text)] == ["HP:0001250", "HP:0000006"]
 
 
+def test_within_must_be_current(obo):
+    with pytest.raises(UsageError, match="HP:0000057"):
+        Matcher(load_terminology(str(obo)), within=["HP:0000057"])
+
+
 def test_obographs_equals_obo(obo, tmp_path):
     iri = "http://purl.obolibrary.org/obo/"
 

@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from clinical_nlp.errors import UsageError
 from clinical_nlp.language.terminology.concepts import SCOPES, Name, Terminology
 from clinical_nlp.language.terminology.normalization import FREE, WEAK, heavy, light, same_single
 
@@ -86,11 +87,20 @@ class Matcher:
     ----------
     terminology : its `matchable` concepts are looked for; no other id is ever returned.
     within : look for the descendants of these concepts instead, for instance modes of inheritance too.
+
+    Raises
+    ------
+    UsageError : an id in `within` is not a current one.
     """
 
     def __init__(self, terminology: Terminology, *, within: Iterable[str] = ()) -> None:
         self.terminology = terminology
-        self.ids = frozenset().union(*(terminology.descendants(i) for i in within)) or terminology.matchable
+        within = tuple(within)
+        for root in within:
+            if root not in terminology:
+                msg = f"within: {root!r} is not a current id of {terminology.name} {terminology.version}".strip()
+                raise UsageError(msg)
+        self.ids = frozenset().union(*map(terminology.descendants, within)) if within else terminology.matchable
         self._memo: dict[str, _Piece] = {}
         self._build()
 
