@@ -130,6 +130,10 @@ def run(config: DriftConfig, output: Path, *, resume: bool = False) -> Run:
 
 def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
     with Run.open(output, config, recipe="drift", resume=resume, contains_phi=False) as run:
+        if config.model is not None:  # before hours of reading
+            from clinical_nlp.models.resolve import provenance, resolve_model
+
+            run.note(base_model=provenance(resolve_model(config.model), run.path))
         sample, account = _read(config, run)
         reference, others = _pairs(config, sample)
         represent = _representation(config, run)

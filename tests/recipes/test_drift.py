@@ -8,6 +8,7 @@ import pytest
 
 from clinical_nlp.config import load_config
 from clinical_nlp.errors import ClinicalNlpError, ConfigError, InputError, MissingDataError, UsageError
+from clinical_nlp.models.resolve import ResolvedModel
 from clinical_nlp.recipes.drift import CONFIG, DriftConfig, detect_format, drift, report, run
 from clinical_nlp.runs import Run
 
@@ -148,6 +149,7 @@ def test_an_interrupted_run_takes_up_its_embeddings(tmp_path, monkeypatch):
         return np.array([[len(text), text.count("a"), text.count("e")] for text in texts], dtype=np.float32)
 
     monkeypatch.setattr("clinical_nlp.models.embeddings.embed_notes", embed_notes)
+    monkeypatch.setattr("clinical_nlp.models.resolve.resolve_model", lambda name: ResolvedModel(name, name, digest="d"))
     monkeypatch.setattr("clinical_nlp.recipes.drift._EMBEDDED_AT_ONCE", 30)
     sources = [write_table(tmp_path / f"{p}.jsonl", patients=13, place=p, notes=2) for p in ("a", "b")]
     config = DriftConfig(sources=[str(source) for source in sources], model="any", n_permutations=19)
@@ -170,6 +172,8 @@ def test_wrong_use_is_one_clear_error(tmp_path):
         drift([source, other], output=tmp_path / "y", reference="z")
     with pytest.raises(MissingDataError, match="no such file"):
         drift([tmp_path / "absent"], output=tmp_path / "z")
+    with pytest.raises(ClinicalNlpError, match="no_such_model"):
+        drift([source, other], output=tmp_path / "m", model="no_such_model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="--format"):
         detect_format(tmp_path / "empty")
