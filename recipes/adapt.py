@@ -40,11 +40,11 @@ class AdaptConfig(RecipeConfig):
     """Hub id, local folder, or the directory of an earlier run."""
     dapt_strategy: StrategyConfig = StrategyConfig(name="lora", rank=32, alpha=64)
     """What may move while the model reads the notes."""
-    dapt_training: TrainingConfig = TrainingConfig(epochs=3, learning_rate=1e-3, batch_size=8)
+    dapt_training: TrainingConfig = TrainingConfig(epochs=3, batch_size=8)
     """How the weights are moved while the model reads the notes."""
     ner_strategy: StrategyConfig = StrategyConfig(name="qlora")
     """What may move while it learns to tag."""
-    ner_training: TrainingConfig = TrainingConfig(epochs=10, learning_rate=1e-3, head_learning_rate=2e-3)
+    ner_training: TrainingConfig = TrainingConfig(epochs=6)
     """How the weights are moved while it learns to tag."""
     terminology: str = "hpo"
     """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""

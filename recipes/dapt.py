@@ -34,7 +34,7 @@ class DaptConfig(RecipeConfig):
     """Tokens of a packed row; longer notes are split, none is cut off."""
     deduplicate: float | None = Field(default=0.9, gt=0, le=1)
     """Notes that share this much of their word sequences are read once, never on both sides of the split; null: off."""
-    training: TrainingConfig = TrainingConfig(epochs=3, learning_rate=1e-3, batch_size=8)
+    training: TrainingConfig = TrainingConfig(epochs=3, batch_size=8)
     """How the weights are moved."""
 
 
@@ -74,6 +74,7 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
             seed=config.seed,
             lengths=[len(ids) for ids in packed["input_ids"]],
             tokenizer=base.tokenizer,
+            strategy=config.strategy.name,
             language_model=True,
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,

@@ -37,7 +37,7 @@ class NerConfig(RecipeConfig):
     """Tokens the model sees at once."""
     overlap: int = Field(default=64, ge=0)
     """Tokens that neighbouring windows of a long note share."""
-    training: TrainingConfig = TrainingConfig(epochs=10, learning_rate=1e-3, head_learning_rate=2e-3)
+    training: TrainingConfig = TrainingConfig(epochs=6)
     """How the weights are moved."""
 
 
@@ -87,6 +87,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             seed=config.seed,
             lengths=[len(piece.input_ids) for piece in windows],
             tokenizer=base.tokenizer,
+            strategy=config.strategy.name,
             head="head",
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,

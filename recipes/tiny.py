@@ -96,6 +96,7 @@ def run(config: TinyConfig, output: Path, *, resume: bool = False) -> Run:
             seed=config.seed,
             lengths=[len(ids) for ids in packed["input_ids"]],
             tokenizer=base.tokenizer,
+            strategy="full",
             language_model=True,
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,

@@ -111,6 +111,19 @@ def _linear_names(network: Any) -> list[str]:
     return sorted(names)
 
 
+def default_learning_rate(strategy: str, parameters: int) -> float:
+    """Return a peak learning rate that works for most: by strategy, and lower above 200 M parameters.
+
+    Few weights want large steps (Biderman et al. 2024, LoRA Learns Less and Forgets Less), large models small ones.
+    """
+    large = parameters > 200_000_000
+    if strategy == "full":
+        return 2e-5 if large else 2e-4
+    if strategy == "head":
+        return 1e-3
+    return 2e-4 if large else 1e-3
+
+
 def trainable_count(model: Any) -> tuple[int, int]:
     """Return (trainable, all) parameter counts."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

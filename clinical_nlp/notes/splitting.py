@@ -143,25 +143,33 @@ def split_without_duplicates(
     parts: Mapping[tuple[str, str], str] | None = None,
     threshold: float = 0.9,
 ) -> tuple[Split, Deduplication]:
-    """Remove repeated text, then split, so that no text is in two parts.
+    """Split, then remove repeated text, so that no text is in two parts.
 
-    Of several copies the one in the test part is kept where parts are official, then development, then train; else the
+    Patients are divided before any note is dropped: two corpora with the same patients are divided alike, whatever
+    their texts. Of several copies the one in the test part is kept, then development, then train; within a part the
     first by (institution, note_id), whatever the row order. Indices of both results count rows of `notes`; dropped
     rows are in no part. Parameters and errors as `split_patients` and `deduplicate`.
     """
-    parts = parts or {}
+    split = split_patients(notes, config, seed=seed, parts=parts)
     keys = list(zip(notes["institution"].to_pylist(), notes["note_id"].to_pylist(), strict=True))
-    rank = {"test": 0, "development": 1}
-    use_parts = config.name == "official"
-    order = sorted(
-        range(len(keys)), key=lambda row: (rank.get(parts.get(keys[row], ""), 2) if use_parts else 0, keys[row])
-    )
+    rank = np.full(len(keys), 2, np.int64)
+    rank[split.development], rank[split.test] = 1, 0
+    order = sorted(range(len(keys)), key=lambda row: (rank[row], keys[row]))
     found = deduplicate(notes["text"], threshold=threshold, order=order)
-    kept = notes.select(["institution", "note_id", "patient_id", "written_at"]).take(pa.array(found.keep))
-    split = split_patients(kept, config, seed=seed, parts=parts)
-    remarks = (*split.remarks, found.describe())
-    train, development, test = (found.keep[rows] for rows in (split.train, split.development, split.test))
-    return replace(split, train=train, development=development, test=test, remarks=remarks), found
+    _, patient_of = _patients(notes)
+    parts_left = [np.intersect1d(rows, found.keep) for rows in (split.train, split.development, split.test)]
+    counts = [len(np.unique(patient_of[rows])) for rows in parts_left]
+    train, development, test = parts_left
+    if not len(train) or not len(test):
+        raise TooFewPatientsError("after removing repeated texts a part of the split is empty")
+    return replace(
+        split,
+        train=train,
+        development=development,
+        test=test,
+        patients=(counts[0], counts[1], counts[2]),
+        remarks=(*split.remarks, found.describe()),
+    ), found
 
 
 def _patients(notes: pa.Table) -> tuple[list[str], np.ndarray]:

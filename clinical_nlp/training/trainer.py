@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from clinical_nlp.adaptation.strategies import default_learning_rate, trainable_count
 from clinical_nlp.config import Config
 from clinical_nlp.errors import ModelError, RunError
 from clinical_nlp.progress import progress, say
@@ -29,10 +30,11 @@ class TrainingConfig(Config):
 
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training patients' notes."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate of the base or its adapter."""
-    head_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the task head; default ten times `learning_rate` with an adapter, else the same."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the base or its adapter; default by strategy and size of the model: adapters 1e-3, full
+    2e-4, and a tenth to a fifth of that above 200 M parameters."""
+    head_learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of the task head, which starts from nothing."""
     batch_size: int = Field(default=16, ge=1)
     """Examples (or packed rows) a forward pass, per process."""
     accumulation: int = Field(default=1, ge=1)
@@ -95,6 +97,7 @@ def train(
     seed: int,
     lengths: Sequence[int],
     tokenizer: Any,
+    strategy: str,
     language_model: bool = False,
     head: str | None = None,
     max_steps: int | None = None,
@@ -110,6 +113,7 @@ def train(
     dataset : indexable examples (a `datasets.Dataset` of packed rows for a language model).
     collate : examples -> batch of tensors.
     lengths : tokens of each example, for batches of similar length.
+    strategy : its name, for the learning rate where the config has none.
     language_model : train through TRL's SFTTrainer instead of transformers' Trainer.
     head : name of the task head inside `model`, which has its own learning rate.
     max_steps, max_minutes : earlier ends.
@@ -137,7 +141,7 @@ def train(
         "max_steps": planned,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.learning_rate or default_learning_rate(strategy, trainable_count(model)[1]),
         "lr_scheduler_type": "linear",
         "warmup_steps": round(config.warmup * planned),
         "weight_decay": config.weight_decay,
@@ -217,7 +221,7 @@ class LossTerms:
     sampler: EpochSampler
     terms: list[LossTerm]
     head: str | None
-    head_learning_rate: float | None
+    head_learning_rate: float
     optimizer: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -249,7 +253,7 @@ class LossTerms:
             if not parameter.requires_grad:
                 continue
             in_head = self.head is not None and f"{self.head}." in f"{name}."
-            rate = self.head_learning_rate if in_head and self.head_learning_rate else args.learning_rate
+            rate = self.head_learning_rate if in_head else args.learning_rate
             groups.setdefault((rate, args.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": rows, "lr": rate, "weight_decay": decay} for (rate, decay), rows in groups.items()],

@@ -61,6 +61,7 @@ def fit(output, decoder, *, resume=False, strategy="lora", max_steps=8, **settin
             seed=0,
             lengths=[len(window.input_ids) for window in windows],
             tokenizer=base.tokenizer,
+            strategy="lora",
             head="head",
             max_steps=max_steps,
             resume=resume,
@@ -195,6 +196,7 @@ def test_language_model_training_resumes_bit_for_bit(tmp_path, decoder, monkeypa
                 seed=0,
                 lengths=[len(ids) for ids in packed["input_ids"]],
                 tokenizer=base.tokenizer,
+                strategy="lora",
                 language_model=True,
                 max_steps=8,
                 resume=resume,
@@ -224,6 +226,7 @@ def test_a_term_counts_once_a_step_whatever_the_accumulation(tmp_path, decoder):
                 seed=0,
                 lengths=[1] * 8,
                 tokenizer=base.tokenizer,
+                strategy="lora",
                 max_steps=1,
                 terms=[lambda model, inputs: torch.tensor(3.0)],
             )
