@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,7 +32,7 @@ def test_every_word_is_decided_in_exactly_one_window(tokenizer, text):
     assert decided == list(range(len(encoded.word_spans)))
     assert all(len(window.input_ids) <= TASK.window for window in encoded.windows)
     assert all(text[start:end].strip() for start, end in encoded.word_spans)
-    assert all(a[1] <= b[0] for a, b in zip(encoded.word_spans, encoded.word_spans[1:]))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(encoded.word_spans))
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +59,7 @@ def test_decoding_gives_back_the_encoded_spans(tokenizer, words, seed):
     encoded = TASK.encode(text, tokenizer, spans=spans)
     log_probs = np.full((len(encoded.word_spans), 5), -20.0)
     for window in encoded.windows:
-        for word, label in zip(window.words, window.labels):
+        for word, label in zip(window.words, window.labels, strict=True):
             if word >= 0:
                 log_probs[word, label] = 0.0
     assert [item[:3] for item in TASK.decode(encoded, log_probs)] == spans
@@ -82,7 +84,12 @@ def test_a_span_inside_a_word_takes_the_word_and_the_longest_of_overlapping_span
     text = "severe aspirin-induced asthma"
     spans = [(7, 14, "drug"), (0, 29, "problem"), (2, 4, "drug")]
     encoded = TASK.encode(text, tokenizer, spans=spans)
-    labels = [label for window in encoded.windows for word, label in zip(window.words, window.labels) if word >= 0]
+    labels = [
+        label
+        for window in encoded.windows
+        for word, label in zip(window.words, window.labels, strict=True)
+        if word >= 0
+    ]
     assert labels[0] == 3
     assert set(labels[1:]) == {4}
 

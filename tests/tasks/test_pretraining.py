@@ -30,7 +30,9 @@ rows = st.lists(st.lists(st.integers(1, 63), min_size=1, max_size=70), min_size=
 def test_packing_keeps_every_token(documents):
     packed = pretraining.pack(documents, 32)
     assert sorted(t for row in packed["input_ids"] for t in row) == sorted(t for row in documents for t in row)
-    assert all(len(ids) == sum(lengths) <= 32 for ids, lengths in zip(packed["input_ids"], packed["seq_lengths"]))
+    assert all(
+        len(ids) == sum(lengths) <= 32 for ids, lengths in zip(packed["input_ids"], packed["seq_lengths"], strict=True)
+    )
 
 
 def test_packed_loss_equals_unpacked_loss(model):
