@@ -567,3 +567,12 @@ def test_no_line_raises_and_none_is_lost(tmp_path, lines):
     for record in records:
         if isinstance(record, Note):
             record.text.encode("utf-8")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("piece", ["<a ", "<!--", "<a b='", "<![CDATA[", "</"])
+def test_unclosed_tags_take_no_time(piece):
+    """html.parser alone needs minutes for this."""
+    text, problem = document_text((piece * 40_000).encode(), "text/html")
+    assert text is None
+    assert "unclosed" in problem
