@@ -12,14 +12,70 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pydantic import Field
 
+from clinical_nlp.config import Config, CorpusConfig
 from clinical_nlp.errors import InputError, RunError
+from clinical_nlp.extraction import extract_with
 from clinical_nlp.extraction.patients import evidence_kind, patient_states
+from clinical_nlp.extraction.plan import ExtractionConfig
 from clinical_nlp.language.terminology import Terminology, load_terminology
-from clinical_nlp.notes.corpus import Corpus
+from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.schema import EXPERIENCER, MODALITY, PRESENCE, TEMPORALITY
-from clinical_nlp.runs import Estimate
+from clinical_nlp.runs import Estimate, Run, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
+
+
+class ExtractionSuiteConfig(Config):
+    """Extract from the notes of a corpus with gold spans, and score mentions, assertions and patients."""
+
+    corpus: CorpusConfig = CorpusConfig(options={"bank": "held_out"})
+    """A corpus whose gold spans carry concept ids; the default one is written in phrases that no rule was made for."""
+    model: str | None = None
+    """Directory of an ner run whose entities are added to the dictionary's."""
+    terminology: str = "hpo"
+    """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
+    workers: int = Field(default=1, ge=1)
+    """Processes for the extraction."""
+    seed: int = 0
+    """Of the patient bootstrap."""
+
+
+CONFIG = ExtractionSuiteConfig
+
+
+def run(config: ExtractionSuiteConfig, output: Path, *, resume: bool = False) -> Run:
+    """Write the notes as one table, extract from it, score it, and write the page."""
+    with Run.open(output, config, recipe="extraction", resume=resume) as run:
+        corpus = load_corpus(config.corpus.name, config.corpus.path, **config.corpus.options)
+        table = run.path / "notes.parquet"
+        pq.write_table(corpus.notes.drop(["text_sha256"]), table)
+        extraction = run.path / "extraction"
+        if not (extraction / "manifest.json").is_file():
+            settings = ExtractionConfig(
+                source=str(table),
+                format="table",
+                model=config.model,
+                terminology=config.terminology,
+                languages=[],
+                workers=config.workers,
+            )
+            extract_with(settings, extraction, resume=resume)
+        measured = score(extraction, corpus, seed=config.seed)
+        run.record(measured)
+        protocol = {
+            "gold": corpus.card.name,
+            "part": "all notes of the corpus",
+            "selection": "none, nothing is trained",
+        }
+        write_json(run.path / "results.json", {"protocol": protocol, "estimates": measured})
+        run.note(inputs={"corpus": corpus.card.name, "n_notes": corpus.notes.num_rows})
+    from clinical_nlp.reporting.page import run_report
+
+    run_report(run)
+    return run
+
 
 AXES = {"presence": PRESENCE, "temporality": TEMPORALITY, "modality": MODALITY, "experiencer": EXPERIENCER}
 _GOLD_ID = {"hpo": "hpo_id", "icd10cm": "icd10cm_code"}
