@@ -24,7 +24,14 @@ from clinical_nlp.notes.readers import FORMATS, ReadOptions, input_files, read_n
 from clinical_nlp.notes.schema import Note, Record, Rejected, Skipped, iter_notes
 from clinical_nlp.progress import progress, say
 from clinical_nlp.runs import Estimate, Run, file_digest, write_atomic, write_json
-from clinical_nlp.statistics.comparison import FEWEST_PATIENTS, SMALLEST_CELL, Comparison, compare, decide
+from clinical_nlp.statistics.comparison import (
+    FEWEST_PATIENTS,
+    SMALLEST_CELL,
+    Comparison,
+    compare,
+    decide,
+    permutations_needed,
+)
 from clinical_nlp.statistics.sample import NoteSampler, SampledNotes
 from clinical_nlp.statistics.text_measures import hashed_features, word_counts
 
@@ -67,7 +74,7 @@ class DriftConfig(Config):
     max_notes_per_patient: int = Field(default=10, ge=1)
     """Notes sampled of each patient."""
     n_permutations: int = Field(default=999, ge=19)
-    """Relabellings of patients."""
+    """Relabellings of patients; more are made where so many comparisons could not reach significance otherwise."""
     seed: int = 0
     """Of the sample, the folds, the representation and the relabellings."""
 
@@ -137,6 +144,7 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
         sample, account = _read(config, run)
         reference, others = _pairs(config, sample)
         represent = _representation(config, run)
+        n_permutations = max(config.n_permutations, permutations_needed(len(others)))
         comparisons = []
         for name, members in others:
             say(f"comparing {name} with {reference}")
@@ -148,14 +156,14 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
                     members=members,
                     represent=represent,
                     stratify=config.strata == "profile",
-                    n_permutations=config.n_permutations,
+                    n_permutations=n_permutations,
                     seed=config.seed,
                 )
             )
         comparisons = decide(comparisons)
         for item in comparisons:
             run.record(_estimates(item))
-        write_json(run.path / "results.json", _results(config, sample, account, reference, comparisons))
+        write_json(run.path / "results.json", _results(config, sample, account, reference, comparisons, n_permutations))
         write_atomic(run.path / "report.html", report(run))
         if run.checkpoints.exists():
             for file in sorted(run.checkpoints.glob("*.npy")):
@@ -384,6 +392,7 @@ def _results(
     account: dict[str, Any],
     reference: str,
     comparisons: Sequence[Comparison],
+    n_permutations: int,
 ) -> dict[str, Any]:
     """Collect everything the page shows; counts of fewer than 11 patients are null."""
     return {
@@ -394,7 +403,7 @@ def _results(
             "representation": "hashed TF-IDF of words and word pairs, 64 SVD dimensions, fitted blind to institutions"
             if config.model is None
             else f"mean hidden state of {config.model} over the first {config.max_tokens} tokens, standardised",
-            "p_values": f"(1 + k) / (B + 1) with B = {config.n_permutations} relabellings of patients; Holm over the "
+            "p_values": f"(1 + k) / (B + 1) with B = {n_permutations} relabellings of patients; Holm over the "
             "confirmatory tests of all comparisons with enough patients",
             "strata": config.strata,
             "patient_in_two": config.patient_in_two,

@@ -116,6 +116,7 @@ def _claims(results: dict[str, Any]) -> list[str]:
             "Not shown: why. Style, templates, note types, patients, period and how the export was made all move the "
             "text, and without gold labels they cannot be told apart."
         )
+        points += _mixes(results)
     if "not_distinguished" in verdicts:
         points.append(
             "May be claimed where no difference was found: these tests, with this many patients, did not tell the "
@@ -130,6 +131,25 @@ def _claims(results: dict[str, Any]) -> list[str]:
         "Two institutions are two institutions: nothing here generalises to hospitals that were not compared."
     )
     points.append(f"“Institution” here means: {results['account']['institution_means'].rstrip('.')}.")
+    return points
+
+
+def _mixes(results: dict[str, Any]) -> list[str]:
+    """Where the mix of note types explains a difference as well as style does, say so."""
+    if results["protocol"]["strata"] != "none":
+        return []
+    shares = {row["name"]: row.get("note_types") or {} for row in results["institutions"]}
+    ours, points = shares.get(results["reference"], {}), []
+    for item in results["comparisons"]:
+        theirs = shares.get(item["other"], {})
+        gaps = {kind: abs(ours[kind] - theirs[kind]) for kind in ours if kind in theirs}
+        widest = max(gaps, key=lambda kind: (gaps[kind], kind), default=None)
+        if item["verdict"] == "differ" and widest is not None and gaps[widest] > 0.1:
+            points.append(
+                f"{item['other']} and {results['reference']} mix note types differently ({widest}: "
+                f"{100 * theirs[widest]:.0f} % and {100 * ours[widest]:.0f} % of a patient's notes). To see what is "
+                "left beyond that, run again with --strata profile."
+            )
     return points
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -151,6 +152,11 @@ def _without_type_means(values: np.ndarray, types: Sequence[str | None]) -> np.n
 
 
 _SIDES = ("reference", "other")
+
+
+def permutations_needed(n_comparisons: int) -> int:
+    """Fewest relabellings with which one test of all comparisons can still pass Holm at the level."""
+    return math.ceil(len(CONFIRMATORY) * n_comparisons / LEVEL) - 1
 
 
 def decide(comparisons: Sequence[Comparison]) -> list[Comparison]:

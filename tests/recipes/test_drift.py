@@ -206,3 +206,13 @@ def test_the_built_in_hospitals_differ_by_their_styles(tmp_path):
     config = DriftConfig(corpus={"name": "synthetic_hospitals", "options": options}, n_permutations=99)
     run(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["comparisons"][0]["verdict"] == "differ"
+
+
+def test_a_different_mix_of_note_types_is_told_with_what_to_do(tmp_path):
+    config = DriftConfig(corpus={"name": "synthetic_hospitals", "options": {"institutions": 2}}, n_permutations=19)
+    run(config, tmp_path / "plain")
+    assert "mix note types differently" in (tmp_path / "plain" / "report.html").read_text()
+    run(config.model_copy(update={"strata": "profile"}), tmp_path / "strata")
+    html = (tmp_path / "strata" / "report.html").read_text()
+    assert "mix note types differently" not in html
+    assert "shuffled only among patients with a like number and mix" in html

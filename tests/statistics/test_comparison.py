@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clinical_nlp.notes.schema import Note
-from clinical_nlp.statistics.comparison import CONFIRMATORY, compare, decide
-from clinical_nlp.statistics.permutation import PermutationPlan, profile_strata
+from clinical_nlp.statistics.comparison import CONFIRMATORY, compare, decide, permutations_needed
+from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import NoteSampler
 from clinical_nlp.statistics.text_measures import hashed_features
 from clinical_nlp.statistics.two_sample import mmd_test
@@ -100,6 +100,14 @@ def test_profile_strata_keep_a_different_mix_of_note_types_from_being_called_dri
         stratified += mmd_test(within, plan).p_value <= 0.05
     assert plain >= 0.9 * runs
     assert stratified / runs <= 0.07 + 3 * math.sqrt(0.07 * 0.93 / runs)
+
+
+@pytest.mark.parametrize("n_comparisons", [1, 2, 30])
+def test_enough_relabellings_for_a_finding_to_be_possible(n_comparisons):
+    smallest = 1 / (permutations_needed(n_comparisons) + 1)
+    others = [1.0] * (len(CONFIRMATORY) * n_comparisons - 1)
+    assert holm([smallest, *others])[0] <= 0.05
+    assert holm([1 / permutations_needed(n_comparisons), *others])[0] > 0.05
 
 
 def test_a_comparison_within_strata_runs_where_types_are_missing():
