@@ -269,7 +269,7 @@ def _decide(
             continue
         if rule.kind == "end":
             # `no rash, the shakes or fever`: an article or adjective ends a list only where no `or` is to come.
-            if rule.value == "list" and _OR.search(text, cue.end, stop):
+            if rule.value == "list" and _OR.search(text, cue.end, min(stop, start + 200)):
                 continue
             closed.update((rule.axis,) if rule.axis else _AXES if cue.end - cue.start > 1 else ("presence", "modality"))
         elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in before:
@@ -316,6 +316,8 @@ def _stronger(text: str, forward: _Cue, backward: _Cue, start: int, end: int) ->
 
 def _reaches(text: str, start: int, end: int, scope: int, axis: str) -> bool:
     """Whether the words between cue and span are few enough, and no heading stands between them."""
+    if end - start >= 12 * scope:
+        return False
     between = text[start:end]
     if _STOPPED.search(between):  # a sentence that ended without the splitter's notice, as in text without capitals
         return False
@@ -323,7 +325,7 @@ def _reaches(text: str, start: int, end: int, scope: int, axis: str) -> bool:
         colon = between.find(":")
         if colon >= 0 and between[:colon].strip(" \t*"):
             return False
-    return len(between) < 12 * scope and between.count(" ") <= scope
+    return between.count(" ") <= scope
 
 
 def _lead(text: str, sentences: Sequence[tuple[int, int]], at: int, section: Section) -> list[_Cue]:

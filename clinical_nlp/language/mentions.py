@@ -104,8 +104,11 @@ def merge_spans(
 ) -> list[tuple[int, int, str | None, str, float, str]]:
     """Join the two lanes into sorted (start, end, concept id, label, score, lane); equal input is listed once."""
     found: dict[tuple[int, int, str | None], tuple[str, float, str]] = {}
+    by_place: dict[tuple[int, int], list[tuple[int, int, str | None]]] = {}
     for match in matches:
-        found[match.start, match.end, match.concept_id] = (PHENOTYPE, match.score, "dictionary")
+        key: tuple[int, int, str | None] = (match.start, match.end, match.concept_id)
+        found[key] = (PHENOTYPE, match.score, "dictionary")
+        by_place.setdefault(key[:2], []).append(key)
     for start, end, label, score in sorted(extra_spans):
         if not 0 <= start < end <= len(text):
             msg = f"span ({start}, {end}) of the model is empty or outside the text of length {len(text)}"
@@ -116,7 +119,7 @@ def merge_spans(
             end -= 1
         if start == end:  # nothing but white space
             continue
-        same = [key for key in found if key[:2] == (start, end) and key[2] is not None]
+        same = by_place.get((start, end), [])
         for key in same:
             found[key] = (label, max(score, found[key][1]), "both")
         if not same:

@@ -145,8 +145,8 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
         before = text[max(0, found.start() - 60) : found.start()].rstrip(" \t")
         previous = before[:-1].rpartition("\n")[2].strip()  # the line above, or its last 60 characters
         wrapped = len(previous) > 50 and previous[-1] not in ".!?:;"
-        marked = text[found.start() : found.start("name")].strip()
-        if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or marked or not wrapped):
+        prefix = text[found.start() : found.start("name")].strip()  # number, bullet or markdown
+        if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or prefix or not wrapped):
             return category
         return category if mark and name.isupper() else None
     capitals = name.isupper() and len(name) > 3

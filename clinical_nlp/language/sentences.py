@@ -111,7 +111,9 @@ def _ends(text: str, cursor: int, dot: int, stop: int, end: int) -> bool:
     while begin > cursor and not text[begin - 1].isspace():
         begin -= 1
     word = text[begin:dot].strip("(\"'[").lower()
-    rest = text[stop:end].lstrip(" \t\n,")
+    while stop < end and (text[stop].isspace() or text[stop] == ","):
+        stop += 1
+    rest = text[stop : min(end, stop + 4)]
     if not rest:
         return False
     if word.isdigit() and not text[cursor:begin].strip():

@@ -108,6 +108,6 @@ def test_cover(text):
 
 @pytest.mark.parametrize("unit", ["A", " ", "\n", "ABC: ", "ABC ", "a. ", "- x\n", "PLAN:\n", "( ", "* "])
 def test_time_is_linear(unit):
-    started = time.perf_counter()
-    find_sections(unit * 100_000)
-    assert time.perf_counter() - started < 10
+    started = time.process_time()
+    find_sections(unit * 20_000)
+    assert time.process_time() - started < 5

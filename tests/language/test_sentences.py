@@ -93,6 +93,6 @@ def test_cover(text):
 
 @pytest.mark.parametrize("unit", ["A", " ", "\n", "a. ", "- x\n", "word ", ". ", "( ", "x, \n"])
 def test_time_is_linear(unit):
-    started = time.perf_counter()
-    find_sentences(unit * 100_000)
-    assert time.perf_counter() - started < 10
+    started = time.process_time()
+    find_sentences(unit * 20_000)
+    assert time.process_time() - started < 5

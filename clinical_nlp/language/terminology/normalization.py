@@ -108,6 +108,7 @@ def _canonical() -> frozenset[str]:
     return frozenset(_variants().values())
 
 
+@lru_cache(maxsize=65_536)
 def light(word: str) -> str:
     """Return `word` in lower case, American spelling and singular."""
     word = word.lower().replace("’", "'")
@@ -136,6 +137,7 @@ def light(word: str) -> str:
     return _variants().get(word, word)
 
 
+@lru_cache(maxsize=65_536)
 def heavy(word: str) -> str:
     """Return the stem of `word` with derivational endings taken off; equal stems count as the same word."""
     word = light(word)
