@@ -95,7 +95,7 @@ def test_killed_at_random_times_with_workers(export, options, tmp_path):
     lasts = time.monotonic() - began
     whole = tree(tmp_path / "whole")
     generator = random.Random(0)
-    for round_ in range(20):
+    for round_ in range(5):
         output = tmp_path / str(round_)
         for _ in range(2):
             process = subprocess.Popen(
