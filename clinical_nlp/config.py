@@ -32,6 +32,25 @@ class Config(BaseModel):
         validate_default=True,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sections(cls, values: Any) -> Any:
+        """Fill a section that is given in part from the section's default here, which may differ from its class's.
+
+        A section that is chosen by another name starts from its class: a rank meant for one strategy is for no other.
+        """
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        for name, info in cls.model_fields.items():
+            default, given = info.default, values.get(name)
+            if not isinstance(default, Config) or not isinstance(given, dict):
+                continue
+            if "name" in given and given["name"] != getattr(default, "name", None):
+                continue
+            filled[name] = {**default.model_dump(), **given}
+        return filled
+
 
 class NamedConfig(Config):
     """A section that is chosen by `name`; a plain string stands for `{name: string}`."""

@@ -31,7 +31,16 @@ _TABLE = (
 )
 
 
-def run_demo(output: Path, seed: int = 0) -> dict[str, Estimate]:
+def run_demo(
+    output: Path,
+    seed: int = 0,
+    *,
+    base_model: str = "builtin:tiny",
+    patients: int = PATIENTS,
+    dapt_epochs: float = 2,
+    ner_epochs: float = 6,
+    n_permutations: int = 999,
+) -> dict[str, Estimate]:
     """Write a synthetic export of three hospitals, adapt `builtin:tiny` to it, extract, look for drift, and score.
 
     Parameters
@@ -39,6 +48,8 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Estimate]:
     output : new folder; gets `export/` (FHIR bulk), `run/` (dapt, ner, extraction, drift), `results.json`,
         `report.html`.
     seed : of the patients, the notes, the split and the training.
+    base_model, patients, dapt_epochs, ner_epochs, n_permutations : smaller or larger than the demo's own; `patients` is
+        in each institution.
 
     Returns
     -------
@@ -57,18 +68,20 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Estimate]:
     scoring: Any = importlib.import_module("clinical_nlp.eval.extraction")
 
     # Rules were developed on the other bank of phrases, so this one is new to them.
-    options: dict[str, Any] = {"institutions": 3, "patients": PATIENTS, "seed": seed, "bank": "held_out"}
+    options: dict[str, Any] = {"institutions": 3, "patients": patients, "seed": seed, "bank": "held_out"}
     corpus = corpora.load(**options)
     exports.write_fhir(corpus, output / "export")
-    say(f"wrote {corpus.notes.num_rows} notes of {3 * PATIENTS} patients at 3 institutions to {output / 'export'}")
+    say(f"wrote {corpus.notes.num_rows} notes of {3 * patients} patients at 3 institutions to {output / 'export'}")
     config = validate(
         adapt.CONFIG,
         {
             "source": str(output / "export"),
             "format": "fhir",
             "corpus": {"name": "synthetic_hospitals", "options": options},
-            "dapt_training": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8},
-            "ner_training": {"epochs": 6, "learning_rate": 1e-3, "head_learning_rate": 2e-3, "batch_size": 16},
+            "base_model": base_model,
+            "dapt_training": {"epochs": dapt_epochs},
+            "ner_training": {"epochs": ner_epochs},
+            "n_permutations": n_permutations,
             "seed": seed,
         },
     )
@@ -127,6 +140,7 @@ def _page(run: Run, measured: Mapping[str, Estimate], seconds: float) -> str:
     from clinical_nlp.reporting.page import Notice, Section, Table, Text, interval, page
 
     counts = run.manifest["extraction"]
+    caption = "On held-out patients; intervals resample patients. Drift is over all patients."
     rows = [
         (label, item.value, interval(item.low, item.high), item.n_patients, item.n_notes, item.note)
         for label, item in _rows(measured)
@@ -142,7 +156,7 @@ def _page(run: Run, measured: Mapping[str, Estimate], seconds: float) -> str:
             Section("What this is", [Notice(synthetic, tone="caution")]),
             Section(
                 "What was measured",
-                [Table(columns, rows, "On held-out patients; intervals resample patients. Drift is over all patients.")],
+                [Table(columns, rows, caption)],
             ),
             Section(
                 "What was extracted",

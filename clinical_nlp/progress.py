@@ -34,9 +34,9 @@ if hasattr(os, "register_at_fork"):
 class Progress:
     """Counts towards a total; made by `progress`."""
 
-    def __init__(self, title: str, total: int | None, unit: str, every: float) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, every: float, done: int) -> None:
         self._title, self._total, self._unit, self._every = title, total, unit, every
-        self._done, self._began, self._last = 0, time.monotonic(), 0.0
+        self._done, self._before, self._began, self._last = done, done, time.monotonic(), 0.0
         self._bar: Any = None
         self._task: Any = None
         # rich allows one live display at a time: a bar inside a bar prints lines.
@@ -54,7 +54,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(title, total=total, note="")
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
             _shown.append(self._bar)
 
@@ -75,7 +75,8 @@ class Progress:
     def _line(self, note: str) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
         of = f"/{self._total}" if self._total else ""
-        say(f"{self._title}: {self._done}{of} {self._unit}  {self._done / seconds:.1f}/s  {note}".rstrip())
+        rate = (self._done - self._before) / seconds
+        say(f"{self._title}: {self._done}{of} {self._unit}  {rate:.1f}/s  {note}".rstrip())
 
     def close(self, last: str = "done") -> None:
         """End the bar, or print the last line."""
@@ -88,9 +89,14 @@ class Progress:
 
 
 @contextmanager
-def progress(title: str, total: int | None = None, *, unit: str = "", every: float = 10.0) -> Iterator[Progress]:
-    """Show progress while the block runs; on no terminal, at most one line in `every` seconds."""
-    bar = Progress(title, total, unit, every)
+def progress(
+    title: str, total: int | None = None, *, unit: str = "", every: float = 10.0, done: int = 0
+) -> Iterator[Progress]:
+    """Show progress while the block runs; on no terminal, at most one line in `every` seconds.
+
+    `done` is what an earlier process had done already; it counts towards the total and not towards the rate.
+    """
+    bar = Progress(title, total, unit, every, done)
     try:
         yield bar
     except BaseException:

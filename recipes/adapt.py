@@ -120,7 +120,7 @@ def run(config: AdaptConfig, output: Path, *, resume: bool = False) -> Run:
 
 
 def extract(config: AdaptConfig, model: Path, output: Path, resume: bool) -> Extraction:
-    """Extract from the whole export with the trained tagger; a finished output is read again, not made again."""
+    """Extract from the whole export with the trained tagger."""
     settings = ExtractionConfig(
         source=config.source,
         format=config.format,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from clinical_nlp.adaptation.strategies import ADAPTER, StrategyConfig, apply_strategy, trainable_count
+from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import RecipeConfig
-from clinical_nlp.models.adapters import save_adapter
+from clinical_nlp.models.adapters import ADAPTER, save_adapter
 from clinical_nlp.models.loading import backbone_prefix, load_base
 from clinical_nlp.models.resolve import provenance
 from clinical_nlp.notes.corpus import load_corpus

@@ -8,10 +8,8 @@ from pydantic import Field
 
 from clinical_nlp.config import NamedConfig
 from clinical_nlp.errors import ConfigError
+from clinical_nlp.models.adapters import ADAPTER
 from clinical_nlp.models.loading import Quantization
-
-ADAPTER = "task"
-"""Name of the adapter that is being trained; the adapters of earlier runs below it are frozen."""
 
 
 class StrategyConfig(NamedConfig):

@@ -16,6 +16,7 @@ STAGE = ".work"
 
 if TYPE_CHECKING:
     from clinical_nlp.extraction.plan import ExtractionConfig, Shard
+    from clinical_nlp.runs import Run
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,22 @@ def extract(
 
 def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False) -> Extraction:
     """Do what `extract` does, from a config."""
+    from clinical_nlp.config import to_yaml
     from clinical_nlp.extraction.engines.local import process
     from clinical_nlp.extraction.outputs import outputs_written, write_outputs
     from clinical_nlp.extraction.plan import cut, make_plan, settle_plan
     from clinical_nlp.extraction.shards import finished
     from clinical_nlp.language.terminology import load_terminology
     from clinical_nlp.notes.readers import input_files, read_notes, read_patients
-    from clinical_nlp.progress import progress
+    from clinical_nlp.progress import progress, say
     from clinical_nlp.runs import Run
 
     if config.engine != "local":
         raise UsageError(f"engine {config.engine!r} is not here yet; use --engine local, with --workers for speed")
+    begun, whole = output / "config.yaml", output / "manifest.json"
+    if resume and whole.is_file() and begun.is_file() and begun.read_text("utf-8") == to_yaml(config):
+        say(f"{output} is already finished")
+        return _finished(Run.load(output))
     source = Path(config.source)
     if not source.exists():
         raise MissingDataError(f"{source} does not exist")
@@ -189,14 +195,36 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
             terminology=plan["terminology"],
             base_model=config.model,
             parent_run=config.model,
-            extraction={
-                name: getattr(result, name)
-                for name in ("records", "done", "skipped", "rejected", "mentions", "patients", "phenopackets", "shards")
-            },
+            extraction={name: getattr(result, name) for name in _COUNTS},
             skipped_by_rule=result.skipped_by_rule,
             rejected_by_reason=result.rejected_by_reason,
         )
     return result
+
+
+_COUNTS = (
+    "records",
+    "done",
+    "skipped",
+    "rejected",
+    "mentions",
+    "patients",
+    "patient_concepts",
+    "phenopackets",
+    "shards",
+)
+
+
+def _finished(run: Run) -> Extraction:
+    """Read what a finished extraction did from its manifest."""
+    told = run.manifest
+    return Extraction(
+        output=run.path,
+        **{name: told["extraction"][name] for name in _COUNTS},
+        skipped_by_rule=told["skipped_by_rule"],
+        rejected_by_reason=told["rejected_by_reason"],
+        shards_reused=told["extraction"]["shards"],
+    )
 
 
 def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, int], reused: int) -> Extraction:

@@ -8,6 +8,8 @@ from typing import Any
 
 from clinical_nlp.errors import ModelError
 
+ADAPTER = "task"
+"""Name of the adapter that is being trained; the adapters of earlier runs below it are frozen."""
 _ROOT = "base_model.model."
 
 

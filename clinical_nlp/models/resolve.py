@@ -60,7 +60,8 @@ def resolve_model(name: str) -> ResolvedModel:
         cached = _cached_snapshot(name)
         if cached is None:
             raise MissingDataError(
-                f"base_model {name!r} is no local folder, and offline mode is on; copy the model here and give its path"
+                f"base_model {name!r} is no local folder and offline mode is on: give the path of a copy, "
+                "or add --allow-download"
             )
         return ResolvedModel(name, str(cached), digest=folder_digest(cached))
     return ResolvedModel(name, name, is_hub=True)

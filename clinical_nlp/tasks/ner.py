@@ -352,8 +352,7 @@ def save(folder: Path, model: Any, task: NerTask, base: BaseModel, *, full: bool
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from clinical_nlp.adaptation.strategies import ADAPTER
-    from clinical_nlp.models.adapters import save_adapter
+    from clinical_nlp.models.adapters import ADAPTER, save_adapter
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
     save_file(state, folder / "head.safetensors")

@@ -193,10 +193,9 @@ def train(
         say(f"resuming from {newest.name}" if newest else "no whole checkpoint yet; starting from the beginning")
     began = time.monotonic()
     try:
-        with stop.listening(), progress("train", planned, unit="steps") as bar:
+        before = int(newest.name.rpartition("-")[2]) if newest else 0
+        with stop.listening(), progress("train", planned, unit="steps", done=before) as bar:
             shown.bar = bar
-            if newest:
-                bar.advance(int(newest.name.rpartition("-")[2]))
             outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     finally:
         shown.bar = None
@@ -361,7 +360,7 @@ def _shown(run: Run, planned: int) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.bar is not None and state.is_world_process_zero:
-                self.bar.advance(1, loss=self.loss)
+                self.bar.advance(1, **({} if math.isnan(self.loss) else {"loss": self.loss}))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs and state.is_world_process_zero:

@@ -21,6 +21,7 @@ class Icd10cm(Terminology):
     """ICD-10-CM also resolves codes written without the point or in lower case (`e119`)."""
 
     def resolve(self, concept_id: str) -> str | None:
+        """Return the code as the release writes it, whatever the case and with or without its dot, or None."""
         code = concept_id.strip().upper()
         if code not in self.concepts and "." not in code and len(code) > 3:
             code = f"{code[:3]}.{code[3:]}"
