@@ -29,6 +29,11 @@ _TABLE = (
     ("dapt.test.perplexity_before", "Perplexity before reading the export"),
     ("dapt.test.perplexity", "Perplexity after reading the export"),
 )
+_DRIFT = {
+    "domain_auc": "AUC of telling their notes apart",
+    "length_ratio": "length of notes, ratio",
+    "vocabulary_excess_bits": "words used, bits a token beyond chance",
+}
 
 
 def run_demo(
@@ -92,7 +97,7 @@ def run_demo(
     measured |= scoring.score(run.path / "extraction", held_out, seed=seed, part="test")
     drift = json.loads((run.path / "drift" / "results.json").read_text("utf-8"))
     write_json(output / "results.json", {"seed": seed, "estimates": measured, "drift": drift})
-    write_atomic(output / "report.html", _page(run, measured, time.monotonic() - began))
+    write_atomic(output / "report.html", _page(run, base_model, measured, time.monotonic() - began))
     _show(run, measured, output, time.monotonic() - began)
     return measured
 
@@ -111,9 +116,13 @@ def _held_out(corpus: Any, config: Any, seed: int) -> Any:
 
 
 def _rows(measured: Mapping[str, Estimate]) -> list[tuple[str, Estimate]]:
-    named = dict(_TABLE)
-    drift = [(key, f"Drift: {key.removeprefix('drift.').replace('_', ' ')}") for key in measured if key[:6] == "drift."]
-    return [(label, measured[key]) for key, label in [*named.items(), *drift] if key in measured]
+    drift = []
+    for key in measured:
+        step, _, name = key.partition(".")
+        other, _, measure = name.rpartition(".")
+        if step == "drift" and measure in _DRIFT:
+            drift.append((key, f"{other} against the reference: {_DRIFT[measure]}"))
+    return [(label, measured[key]) for key, label in [*_TABLE, *drift] if key in measured]
 
 
 def _show(run: Run, measured: Mapping[str, Estimate], output: Path, seconds: float) -> None:
@@ -136,7 +145,7 @@ def _show(run: Run, measured: Mapping[str, Estimate], output: Path, seconds: flo
     print(f"done in {seconds / 60:.1f} minutes; report: {output / 'report.html'}")
 
 
-def _page(run: Run, measured: Mapping[str, Estimate], seconds: float) -> str:
+def _page(run: Run, base_model: str, measured: Mapping[str, Estimate], seconds: float) -> str:
     from clinical_nlp.reporting.page import Notice, Section, Table, Text, interval, page
 
     counts = run.manifest["extraction"]
@@ -179,6 +188,6 @@ def _page(run: Run, measured: Mapping[str, Estimate], seconds: float) -> str:
                 ],
             ),
         ],
-        subtitle=f"three synthetic hospitals, builtin:tiny, {seconds / 60:.1f} minutes",
+        subtitle=f"three synthetic hospitals, {base_model}, {seconds / 60:.1f} minutes",
         footer="clinical-nlp demo",
     )

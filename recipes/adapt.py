@@ -136,7 +136,8 @@ def extract(config: AdaptConfig, model: Path, output: Path, resume: bool) -> Ext
 def _step(name: str, config: Config, run: Run, resume: bool) -> Run:
     """Run one recipe below this run and carry its figures up, under its name."""
     step = execute(find_recipe(name), config, output=run.path / name, resume=resume)
-    run.record({f"{name}.{key}": estimate(value) for key, value in step.metrics.items()})
+    prefix = f"{name}."
+    run.record({prefix + key.removeprefix(prefix): estimate(value) for key, value in step.metrics.items()})
     return step
 
 
