@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clinical_nlp.errors import ClinicalNlpError, InputError, MissingDataError, RunError, UsageError
+from clinical_nlp.errors import ClinicalNlpError, InputError, MissingDataError, RunError
 
 STAGE = ".work"
 """Folder inside the output for what is gone when the batch ends."""
@@ -126,8 +126,6 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
     from clinical_nlp.progress import progress, say
     from clinical_nlp.runs import Run
 
-    if config.engine != "local":
-        raise UsageError(f"engine {config.engine!r} is not here yet; use --engine local, with --workers for speed")
     begun, whole = output / "config.yaml", output / "manifest.json"
     if resume and whole.is_file() and begun.is_file() and begun.read_text("utf-8") == to_yaml(config):
         say(f"{output} is already finished")

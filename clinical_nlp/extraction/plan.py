@@ -34,8 +34,8 @@ class ExtractionConfig(Config):
     """Directory of an ner run whose entities are added to the dictionary's."""
     terminology: str = "hpo"
     """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
-    engine: Literal["local", "spark"] = "local"
-    """Where the work is done; spark comes with a later version."""
+    engine: Literal["local"] = "local"
+    """Where the work is done: processes on this machine."""
     workers: int = Field(default=1, ge=1, exclude=True)
     """Processes. With 1 the work is done in this process; with 2 or more a note that kills its worker is rejected and
     the rest go on. The outputs are the same bytes."""

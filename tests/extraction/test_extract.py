@@ -277,7 +277,7 @@ def test_an_output_in_use_is_refused(export, options, tmp_path):
 
 def test_wrong_usage_leaves_nothing_behind(export, options, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="spark"):
+    with pytest.raises(ConfigError, match="engine"):
         extract(export, output=out, engine="spark", **options)
     with pytest.raises(ConfigError, match="did you mean 'languages'"):
         extract(export, output=out, langauges=["en"], **options)
