@@ -126,16 +126,17 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
     from clinical_nlp.progress import progress, say
     from clinical_nlp.runs import Run
 
-    begun, whole = output / "config.yaml", output / "manifest.json"
-    if resume and whole.is_file() and begun.is_file() and begun.read_text("utf-8") == to_yaml(config):
-        say(f"{output} is already finished")
-        return _finished(Run.load(output))
     source = Path(config.source)
     if not source.exists():
         raise MissingDataError(f"{source} does not exist")
     terminology = load_terminology(config.terminology)
     inputs = input_files(source, config.format)
     plan = make_plan(config, terminology=terminology, inputs=inputs)
+    begun, whole = output / "config.yaml", output / "manifest.json"
+    if resume and whole.is_file() and begun.is_file() and begun.read_text("utf-8") == to_yaml(config):
+        settle_plan(output, plan)
+        say(f"{output} is already finished")
+        return _finished(Run.load(output))
     if config.vocabulary is not None:
         from clinical_nlp.notes.writers.note_nlp import read_vocabulary
 

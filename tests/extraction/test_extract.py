@@ -238,7 +238,13 @@ def test_a_full_disk_is_one_clear_line_and_can_be_resumed(export, options, tmp_p
     result = extract(export, output=tmp_path / "out", resume=True, workers=2, **options)
     assert result.shards_reused == 1
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    again = extract(export, output=tmp_path / "out", resume=True, **options)
+    assert (again.records, again.mentions, again.shards) == (result.records, result.mentions, result.shards)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     with pytest.raises(RunError, match="finished"):
+        extract(export, output=tmp_path / "out", **options)
+    (export / "a2.txt").write_text("Something else.")
+    with pytest.raises(RunError, match="the export changed"):
         extract(export, output=tmp_path / "out", resume=True, **options)
 
 
