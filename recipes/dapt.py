@@ -16,7 +16,7 @@ from clinical_nlp.models.loading import backbone_prefix, load_base
 from clinical_nlp.models.resolve import provenance
 from clinical_nlp.notes.corpus import load_corpus
 from clinical_nlp.notes.splitting import split_patients, split_without_duplicates
-from clinical_nlp.progress import say
+from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest
 from clinical_nlp.runs import Run, write_json
 from clinical_nlp.tasks import pretraining
@@ -86,12 +86,14 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
         groups = {name: taken[name].to_pylist() for name in ("institution", "note_type")}
         patients = taken["patient_id"].to_pylist()
         run.record(pretraining.compare(before, after, patients, groups, part=split.reported_part, seed=config.seed))
-        if config.strategy.name == "full":
-            network.save_pretrained(run.path / "model")
-            base.tokenizer.save_pretrained(run.path / "model")
-        else:
-            save_adapter(network, run.path / "adapter", name=ADAPTER, prefix=backbone_prefix(network.get_base_model()))
-        write_json(run.path / "task.json", {"task": "pretraining", "length": length})
+        if is_main_process():
+            if config.strategy.name == "full":
+                network.save_pretrained(run.path / "model")
+                base.tokenizer.save_pretrained(run.path / "model")
+            else:
+                prefix = backbone_prefix(network.get_base_model())
+                save_adapter(network, run.path / "adapter", name=ADAPTER, prefix=prefix)
+            write_json(run.path / "task.json", {"task": "pretraining", "length": length})
         run.note(
             inputs={"corpus": corpus.card.name, "n_notes": notes.num_rows, "n_duplicates_dropped": dropped},
             notes_sha256=digest(corpus),
@@ -100,7 +102,8 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
             training=outcome | {"trainable_parameters": trainable, "parameters": everything},
             split=split.describe(),
         )
-    from clinical_nlp.reporting.page import run_report
+    if is_main_process():
+        from clinical_nlp.reporting.page import run_report
 
-    run_report(run)
+        run_report(run)
     return run

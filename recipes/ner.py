@@ -16,7 +16,7 @@ from clinical_nlp.models.loading import load_base
 from clinical_nlp.models.resolve import provenance
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import split_patients
-from clinical_nlp.progress import say
+from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks import ner
 from clinical_nlp.training.trainer import TrainingConfig, train
@@ -105,7 +105,8 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
         run.record(
             ner.score(counts, labels, [patients[row] for row in held_out], part=split.reported_part, seed=config.seed)
         )
-        ner.save(run.path, model, task, base, full=config.strategy.name == "full")
+        if is_main_process():
+            ner.save(run.path, model, task, base, full=config.strategy.name == "full")
         run.note(
             inputs={"corpus": corpus.card.name, "n_notes": len(texts), "notes_sha256": digest(corpus)},
             base_model=provenance(base.resolved, run.path),
@@ -114,9 +115,10 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             labels=list(labels),
             split=split.describe(),
         )
-    from clinical_nlp.reporting.page import run_report
+    if is_main_process():
+        from clinical_nlp.reporting.page import run_report
 
-    run_report(run)
+        run_report(run)
     return run
 
 

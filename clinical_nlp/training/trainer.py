@@ -286,6 +286,9 @@ class LossTerms:
             for name, value in state.items():
                 parameters[name].copy_(value)
 
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write none: TRL's card is for the hub, the run writes its own."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:  # type: ignore[attr-defined]
