@@ -48,12 +48,12 @@ class TinyConfig(Config):
     """Share of documents kept to report perplexity on."""
     seed: int = 0
     """One seed for data, initialisation and order."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=1400, ge=1)
     """Stop after this many optimiser steps."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop and save after this many minutes."""
     training: TrainingConfig = TrainingConfig(
-        epochs=1, learning_rate=2e-3, batch_size=16, weight_decay=0.1, precision="bf16", save_steps=250
+        epochs=1, learning_rate=1.5e-3, batch_size=8, weight_decay=0.1, precision="bf16", save_steps=100
     )
     """How the weights are moved."""
 
