@@ -26,7 +26,7 @@ SYSTEM = f"clinical_nlp {version('clinical_nlp')}"
 class ExtractionConfig(Config):
     """Extract phenotypes from every note of an export, and gather them by patient."""
 
-    source: str
+    source: str = Field(min_length=1)
     """The export: a file or a folder."""
     format: str
     """How it is laid out: fhir, omop, mimic, table, brat, iob or text."""

@@ -128,12 +128,15 @@ class Extractor:
         terminology = self._annotator.terminology
         sentences = find_sentences(note.text)
         starts = [start for start, _ in sentences]
+        digests: dict[int, str | None] = {}  # one a sentence: a note without punctuation is one long sentence
         for mention in mentions:
             covered = note.text[mention.start : mention.end]
             covered.encode("utf-8")
             if covered != mention.text or not covered or mention.lane not in _LANES:
                 raise SpanMismatchError
             place = bisect.bisect_right(starts, mention.start) - 1
+            if place >= 0 and place not in digests:
+                digests[place] = _sentence_digest(note.text, sentences[place])
             said = mention.assertion
             yield {
                 "institution": note.institution,
@@ -158,7 +161,7 @@ class Extractor:
                 "lane": mention.lane,
                 "copied_from": None,
                 "snippet": snippet(note.text, mention.start, mention.end).encode("utf-8", "replace").decode(),
-                "sentence": _sentence_digest(note.text, sentences[place]) if place >= 0 else None,
+                "sentence": digests.get(place),
             }
 
 

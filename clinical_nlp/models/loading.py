@@ -80,7 +80,14 @@ def load_base(
         options["dtype"] = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     loader = AutoModelForCausalLM if kind == "causal" else AutoModel
     with _clear_errors(name):
-        network: Any = loader.from_pretrained(resolved.folder, **options)
+        loaded: Any = loader.from_pretrained(resolved.folder, output_loading_info=True, **options)
+    network, found = loaded
+    # What the file lacks starts at random and would be trained and reported as if it were the model; only a pooler,
+    # which many checkpoints leave out and nothing here reads, may be absent.
+    if missing := sorted(key for key in found["missing_keys"] if "pooler" not in key):
+        raise ModelError(
+            f"base_model {name!r} lacks {len(missing)} of its weights ({missing[0]} first); copy the model again"
+        )
     if quantization == "nf4":
         _guard_four_bit(network, name)
     elif torch.cuda.is_available():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinical_nlp.errors import ConfigError, InputError, MissingDataError, RunError, UsageError
-from clinical_nlp.extraction import extract
+from clinical_nlp.extraction import extract, shards
 from clinical_nlp.extraction.engines.local import DIED
 from clinical_nlp.extraction.plan import ExtractionConfig, cut
 from clinical_nlp.language.mentions import Annotator
@@ -289,6 +289,8 @@ def test_wrong_usage_leaves_nothing_behind(export, options, tmp_path):
         extract(export, output=out, langauges=["en"], **options)
     with pytest.raises(MissingDataError):
         extract(tmp_path / "nothing", output=out, **options)
+    with pytest.raises(ConfigError, match="source"):  # an unset variable is not the working folder
+        extract("", output=out, **options)
     with pytest.raises(UsageError, match="format"):
         extract(export, output=out, **{**options, "format": "fihr"})
     with pytest.raises(MissingDataError):
@@ -298,6 +300,16 @@ def test_wrong_usage_leaves_nothing_behind(export, options, tmp_path):
         extract(tmp_path / "empty", output=out, **options)
     assert not out.exists() or not list(out.iterdir())
     assert extract(export, output=out, **options).done == 11
+
+
+def test_a_note_that_is_one_sentence_takes_linear_time(options, monkeypatch):
+    read = []
+    digest = shards._sentence_digest
+    monkeypatch.setattr(shards, "_sentence_digest", lambda *given: read.append(given[1]) or digest(*given))
+    note = Note("n", "p", "A", text="no fever and seizure " * 500, source="f:1")
+    outcome = shards.Extractor(str(options["terminology"]), None).annotate([note])[0]
+    assert len(outcome.rows) >= 500
+    assert len(read) == len(set(read)) < 500
 
 
 def test_a_foreign_folder_is_left_alone(export, options, tmp_path):

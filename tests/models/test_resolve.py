@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_models import write_decoder
 
 from clinical_nlp.errors import MissingDataError, ModelError, RunError
 from clinical_nlp.models.resolve import resolve_model
@@ -63,3 +64,18 @@ def test_a_damaged_config_is_one_clear_line(tmp_path):
 def test_unknown_builtin_names_the_nearest():
     with pytest.raises(MissingDataError, match="builtin:tiny"):
         resolve_model("builtin:tyni")
+
+
+@pytest.mark.parametrize("kind", ["backbone", "causal"])
+def test_a_model_that_lacks_a_layer_is_refused(kind, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from clinical_nlp.models.loading import load_base
+
+    folder = write_decoder(tmp_path / "model")
+    load_base(str(folder), kind=kind)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks \d+ of its weights"):
+        load_base(str(folder), kind=kind)
