@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ REJECTED = 3
 INTERRUPTED = 130
 TERMINATED = 143
 _SHOWN_METRICS = 40
+_FULL_DISK = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,6 +148,9 @@ def _describe(error: Exception, output: Path | None) -> str:
         return f"{os.strerror(error.errno).lower()}:{named or _at(error.__traceback__)}{remedy}"
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of GPU memory{_at(error.__traceback__)}; use a smaller batch_size, or the strategy qlora"
+    if output is not None and output.is_dir() and shutil.disk_usage(output).free < _FULL_DISK:
+        # torch and safetensors report a full disk as errors of their own.
+        return f"no space left on device: {output}; free some space, then add --resume"
     where = _write_frames(error, output)
     told = f"; its frames are in {where}" if where else ""
     return f"{type(error).__name__}{_at(error.__traceback__)} (its message may quote a note and is withheld{told})"

@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from clinical_nlp import cli
 from clinical_nlp.recipe import list_recipes
 
 MARKER = "ZQPLANTEDMARKERQZ"
@@ -390,3 +392,9 @@ def test_a_copied_recipe_in_the_working_folder_is_found_first_with_its_own_yaml(
     shown = call("run", "ner", "--print-config", cwd=tmp_path)
     assert "seed: 41" in shown.stdout, shown.stderr
     assert "[recipes/ner.py]" in call("list", "recipes", cwd=tmp_path).stdout
+
+
+def test_a_full_disk_is_named_whatever_the_library_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert "no space left on device" in cli._describe(RuntimeError("PytorchStreamWriter failed"), tmp_path)
+    assert not list(tmp_path.iterdir())
