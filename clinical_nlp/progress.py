@@ -84,7 +84,7 @@ class Progress:
             _shown.remove(self._bar)
             self._bar.stop()
             self._bar = None
-        else:
+        elif last == "done" or self._done > self._before:
             self._line(last)
 
 

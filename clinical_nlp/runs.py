@@ -230,7 +230,13 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """Flat name -> `{value, low, high, n_patients, n_notes, part}` (see `metrics.json`)."""
         if not self._metrics and (self.path / "metrics.json").is_file():
-            self._metrics = json.loads((self.path / "metrics.json").read_text("utf-8"))
+            try:
+                found = json.loads((self.path / "metrics.json").read_text("utf-8"))
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+                raise RunError(f"{self.path / 'metrics.json'} is damaged; run it again in a new directory")
+            self._metrics = found
         return self._metrics
 
     @property

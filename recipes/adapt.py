@@ -25,7 +25,7 @@ from clinical_nlp.training.trainer import TrainingConfig
 class AdaptConfig(RecipeConfig):
     """Adapt a base model to an export, then extract and compare institutions with it."""
 
-    source: str
+    source: str = Field(min_length=1)
     """The export: a file or a folder. All its notes are read, extracted from and compared."""
     format: str = "fhir"
     """How it is laid out: fhir, omop, mimic, table, brat, iob or text."""

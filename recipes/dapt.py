@@ -13,7 +13,7 @@ from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, t
 from clinical_nlp.config import RecipeConfig
 from clinical_nlp.models.adapters import ADAPTER, save_adapter
 from clinical_nlp.models.loading import backbone_prefix, load_base
-from clinical_nlp.models.resolve import provenance
+from clinical_nlp.models.resolve import provenance, resolve_model
 from clinical_nlp.notes.corpus import load_corpus
 from clinical_nlp.notes.splitting import split_patients, split_without_duplicates
 from clinical_nlp.progress import is_main_process, say
@@ -44,6 +44,7 @@ CONFIG = DaptConfig
 def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
     """Read, pack, train, and report perplexity on held-out patients before and after."""
     with Run.open(output, config, recipe="dapt", resume=resume) as run:
+        resolve_model(config.base_model)  # a wrong name is told before the notes are read
         corpus = load_corpus(config.corpus.name, config.corpus.path, **config.corpus.options)
         notes, dropped = corpus.notes, 0
         common: dict[str, Any] = {"seed": config.seed, "parts": corpus.parts}

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -39,7 +39,7 @@ from clinical_nlp.statistics.text_measures import hashed_features, word_counts
 class DriftConfig(Config):
     """Compare the notes of institutions."""
 
-    sources: list[str] = Field(default_factory=list)
+    sources: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Exports to compare: files or folders. Without any, the corpus is used."""
     format: Literal["fhir", "omop", "mimic", "table", "brat", "iob", "text"] | None = None
     """Format of the sources; without it, told from the names of their files."""

@@ -13,7 +13,7 @@ from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, t
 from clinical_nlp.config import RecipeConfig
 from clinical_nlp.errors import ConfigError, InputError
 from clinical_nlp.models.loading import load_base
-from clinical_nlp.models.resolve import provenance
+from clinical_nlp.models.resolve import provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import split_patients
 from clinical_nlp.progress import is_main_process, say
@@ -49,6 +49,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
     if config.overlap >= config.window // 2:
         raise ConfigError(f"overlap {config.overlap} must be less than half of window {config.window}")
     with Run.open(output, config, recipe="ner", resume=resume) as run:
+        resolve_model(config.base_model)  # a wrong name is told before the notes are read
         corpus = load_corpus(config.corpus.name, config.corpus.path, **config.corpus.options)
         gold = gold_spans(corpus)
         split = split_patients(corpus.notes, config.split, seed=config.seed, parts=corpus.parts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clinical_nlp.errors import ClinicalNlpError, InputError, MissingDataError, RunError
+from clinical_nlp.errors import ClinicalNlpError, InputError, MissingDataError, RunError, UsageError
 
 STAGE = ".work"
 """Folder inside the output for what is gone when the batch ends."""
@@ -129,6 +129,8 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
     source = Path(config.source)
     if not source.exists():
         raise MissingDataError(f"{source} does not exist")
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
     terminology = load_terminology(config.terminology)
     inputs = input_files(source, config.format)
     plan = make_plan(config, terminology=terminology, inputs=inputs)

@@ -154,7 +154,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any:
     """Load the tokenizer of a resolved model; a pad token that differs from eos is chosen where there is none."""
     from transformers import AutoTokenizer
 
-    with _clear_errors(resolved.name):
+    with _clear_errors(f"{resolved.name} (tokenizer)"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolved.folder, trust_remote_code=False, local_files_only=not resolved.is_hub
         )

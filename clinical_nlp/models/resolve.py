@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -131,8 +132,14 @@ def check_folder(folder: Path) -> None:
 
 def folder_digest(folder: Path) -> str:
     """Return one sha256 over the names and contents of the files that make the model."""
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".model", ".txt")]
+    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=32)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Digest files; those of a large model are read once, as long as size and time of change stay the same."""
     total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".model", ".txt") and path.name != "README.md":
-            total.update(f"{path.name} {file_digest(path)}\n".encode())
+    for path, _, _ in files:
+        total.update(f"{path.name} {file_digest(path)}\n".encode())
     return total.hexdigest()

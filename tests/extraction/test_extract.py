@@ -295,6 +295,8 @@ def test_wrong_usage_leaves_nothing_behind(export, options, tmp_path):
         extract(export, output=out, **{**options, "format": "fihr"})
     with pytest.raises(MissingDataError):
         extract(export, output=out, vocabulary=tmp_path / "none.csv", **options)
+    with pytest.raises(UsageError, match="inside the export"):
+        extract(export, output=export / "out", **options)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):
         extract(tmp_path / "empty", output=out, **options)

@@ -79,3 +79,11 @@ def test_a_model_that_lacks_a_layer_is_refused(kind, tmp_path):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks \d+ of its weights"):
         load_base(str(folder), kind=kind)
+
+
+def test_the_digest_follows_the_files(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    before = resolve_model(str(folder)).digest
+    assert resolve_model(str(folder)).digest == before
+    (folder / "model.safetensors").write_bytes(b"other")
+    assert resolve_model(str(folder)).digest != before
