@@ -129,10 +129,10 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
     source = Path(config.source)
     if not source.exists():
         raise MissingDataError(f"{source} does not exist")
-    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
     terminology = load_terminology(config.terminology)
     inputs = input_files(source, config.format)
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
     plan = make_plan(config, terminology=terminology, inputs=inputs)
     begun, whole = output / "config.yaml", output / "manifest.json"
     if resume and whole.is_file() and begun.is_file() and begun.read_text("utf-8") == to_yaml(config):
