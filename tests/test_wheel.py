@@ -146,3 +146,29 @@ def test_every_recipe_resolves_its_config_and_is_copied(
 def test_every_suite_resolves_its_config(suite: str, command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     printed = command("evaluate", suite, "--print-config")
     assert printed.returncode == 0, printed.stderr
+
+
+SMALL_CORPUS = ["--corpus.options.institutions", "2", "--corpus.options.patients", "10"]
+SMALL = {
+    "dapt": [*SMALL_CORPUS, "--max_steps", "1", "--length", "64"],
+    "ner": [*SMALL_CORPUS, "--max_steps", "1"],
+    "drift": [*SMALL_CORPUS, "--n_permutations", "19"],
+    "adapt": [*SMALL_CORPUS, "--source", "export", "--max_steps", "1", "--n_permutations", "19"],
+    "tiny": ["--institutions", "1", "--patients", "10", "--vocabulary", "400", "--hidden", "64", "--layers", "1",
+             "--max_steps", "1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_from_the_wheel(
+    command: Callable[..., subprocess.CompletedProcess[str]], recipe: str
+) -> None:
+    from clinical_nlp.corpora.synthetic_hospitals import load
+    from clinical_nlp.corpora.synthetic_hospitals.exports import write_fhir
+
+    folder = Path(command("--version").args[0]).parents[2] / "elsewhere"
+    if not (folder / "export").exists():
+        write_fhir(load(institutions=2, patients=10), folder / "export")
+    done = command("run", recipe, *SMALL[recipe], "--output", f"runs-{recipe}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / f"runs-{recipe}" / "manifest.json").is_file()

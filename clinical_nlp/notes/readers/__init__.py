@@ -54,6 +54,8 @@ def read_notes(source: Path, *, format: str, options: ReadOptions = DEFAULT_OPTI
     """
     module, source = _reader(format), _existing(source)
     require_codec(options.encoding)
+    if options.attachments is not None and not options.attachments.is_dir():
+        raise MissingDataError(f"attachments folder {options.attachments} does not exist")
     return _read(module, source, format, options)
 
 

@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from clinical_nlp.errors import MissingDataError, UsageError, nearest
+from clinical_nlp.errors import UsageError, nearest
 from clinical_nlp.notes.readers.dates import note_time, parse_date
 from clinical_nlp.notes.readers.documents import KINDS, document_text, from_base64, kind_of, shown_type
 from clinical_nlp.notes.readers.files import MAX_RECORD_BYTES, Line, UnreadableError, byte_order_mark, lines, walk
@@ -88,8 +88,6 @@ def read(reading: Reading) -> Iterator[Record]:
     if options.institution_from not in (None, *LEVELS):
         near = nearest(options.institution_from, LEVELS)
         raise UsageError(f"institution_from {options.institution_from!r} is not known for fhir{near}")
-    if options.attachments is not None and not options.attachments.is_dir():
-        raise MissingDataError(f"attachments folder {options.attachments} does not exist")
     export = _files_by_type(reading.source)
     _index_replaced(reading, export)
     _index_identifiers(reading, export)
