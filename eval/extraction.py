@@ -63,6 +63,7 @@ def run(config: ExtractionSuiteConfig, output: Path, *, resume: bool = False) ->
             )
             extract_with(settings, extraction, resume=resume)
         measured = score(extraction, corpus, seed=config.seed)
+        table.unlink()  # the notes have served; no second copy of them stays
         run.record(measured)
         protocol = {
             "gold": corpus.card.name,

@@ -59,6 +59,8 @@ class TinyConfig(Config):
 
 
 CONFIG = TinyConfig
+_OTHER_PATIENTS = 1_000_000
+"""Added to the seed of the synthetic notes, so that the model has not read the patients that recipes default to."""
 
 
 def run(config: TinyConfig, output: Path, *, resume: bool = False) -> Run:
@@ -139,7 +141,7 @@ def collect(config: TinyConfig) -> tuple[list[tuple[str, str, int]], dict[str, i
         "synthetic_hospitals",
         institutions=config.institutions,
         patients=config.patients,
-        seed=config.seed,
+        seed=_OTHER_PATIENTS + config.seed,
         covariate=1.0,
         bank="development",
     )

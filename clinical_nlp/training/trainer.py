@@ -149,6 +149,7 @@ def train(
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": 2,
+        "logging_nan_inf_filter": False,  # else a loss that is not finite is shown as the average of the ones before
         "logging_steps": max(1, min(10, planned // 10)),
         "seed": seed,
         "data_seed": seed,

@@ -22,6 +22,7 @@ def test_the_suite_scores_what_it_extracted(tmp_path):
     assert found["patient_f1"].low < found["patient_f1"].value < found["patient_f1"].high
     assert found["presence_accuracy"].value > 0.5
     assert (run.path / "report.html").is_file()
+    assert not (run.path / "notes.parquet").exists()
     again = evaluate(tmp_path / "b", 1)
     assert again.metrics == run.metrics
     assert evaluate(tmp_path / "c", 2).metrics != run.metrics

@@ -11,7 +11,7 @@ from tiny_models import write_decoder
 
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy
 from clinical_nlp.config import Config
-from clinical_nlp.errors import RunError
+from clinical_nlp.errors import ModelError, RunError
 from clinical_nlp.models.loading import load_base
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks import ner, pretraining
@@ -210,6 +210,25 @@ def test_language_model_training_resumes_bit_for_bit(tmp_path, decoder, monkeypa
             pretrain(tmp_path / "b")
     assert same(straight, pretrain(tmp_path / "b", resume=True))
     assert any(value.abs().sum() > 0 for name, value in straight.items() if "lora_B" in name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, decoder):
+    base, model, windows = tagging(decoder, "head")
+    with pytest.raises(ModelError, match="diverged"), Run.open(tmp_path / "a", Empty(), recipe="test") as run:
+        train(
+            model,
+            windows,
+            partial(ner.collate, pad_token_id=0),
+            config=TrainingConfig(batch_size=4),
+            run=run,
+            seed=0,
+            lengths=[1] * len(windows),
+            tokenizer=base.tokenizer,
+            strategy="head",
+            max_steps=3,
+            terms=[lambda model, inputs: torch.tensor(float("nan"))],
+        )
+    assert not (tmp_path / "a" / "manifest.json").exists()
 
 
 def test_a_term_counts_once_a_step_whatever_the_accumulation(tmp_path, decoder):
