@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from clinical_nlp.adaptation.strategies import StrategyConfig
 from clinical_nlp.config import Config
 from clinical_nlp.errors import MissingDataError
 from clinical_nlp.models.loading import load_base
@@ -98,7 +99,7 @@ def run(config: TinyConfig, output: Path, *, resume: bool = False) -> Run:
             seed=config.seed,
             lengths=[len(ids) for ids in packed["input_ids"]],
             tokenizer=base.tokenizer,
-            strategy="full",
+            strategy=StrategyConfig(name="full"),
             language_model=True,
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,

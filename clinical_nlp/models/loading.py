@@ -12,88 +12,178 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clinical_nlp.errors import ModelError
+from clinical_nlp.models.adapters import stack_adapters
 from clinical_nlp.models.resolve import ResolvedModel, resolve_model
+from clinical_nlp.progress import say
 
 if TYPE_CHECKING:
     import torch
 
 Quantization = Literal["none", "nf4"]
+Precision = Literal["auto", "fp32", "bf16"]
+Head = Literal["none", "checkpoint", "run", "fresh"]
+HEAD = "head.safetensors"
+"""File of a run that holds a head which its base did not have."""
+_HEAD_SEED = 0
 _HEADS = ["score", "classifier", "lm_head", "qa_outputs", "cls", "head"]
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A loaded base: the network (backbone or causal language model), its tokenizer, and where they came from."""
+    """A loaded base: the network (backbone or language model), its tokenizer, and where they came from.
+
+    `head` says where the language-model head came from: none (a backbone), the checkpoint, an earlier run, or fresh.
+    """
 
     network: Any
     tokenizer: Any
     resolved: ResolvedModel
     quantization: Quantization
     is_decoder: bool
+    head: Head = "none"
 
 
 def load_base(
     name: str,
     *,
-    kind: Literal["backbone", "causal"] = "backbone",
+    kind: Literal["backbone", "causal", "masked", "language"] = "backbone",
     quantization: Quantization = "none",
     bidirectional: bool = False,
+    dtype: Precision = "auto",
 ) -> BaseModel:
     """Load a base model with the frozen adapters of the runs it names.
 
     Parameters
     ----------
     name : see `resolve_model`.
-    kind : `backbone` gives hidden states, `causal` has the language-model head.
+    kind : `backbone` gives hidden states; `causal` and `masked` have the language-model head of a decoder or an
+        encoder; `language` is the one of the two that the model is. A masked-LM head that the checkpoint lacks
+        (sentence encoders do) is taken from the earlier run that trained one, else made from a fixed seed, its output
+        tied to the embeddings as the architecture has it.
     quantization : `nf4` loads linear layers in 4-bit NF4 with double quantisation, on GPU and on CPU.
-    bidirectional : let a decoder see to the right (`config.is_causal = False`), for tagging.
+    bidirectional : let a decoder see to the right (`config.is_causal = False`).
+    dtype : of the weights that are not 4-bit; `auto` is bf16 on a GPU that has it, else fp32.
+
+    Returns
+    -------
+    BaseModel. No weight is a view on the checkpoint's file any more.
 
     Raises
     ------
-    ModelError : the weights cannot be read, or a head came out quantised.
+    ModelError : the weights cannot be read, the model is not of this kind, or a head came out quantised.
     """
     # bitsandbytes reports at import that an optional kernel package is missing, which is not the user's concern.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is judged below
     resolved = resolve_model(name)
     offline = not resolved.is_hub
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
     with _clear_errors(name):
         config = AutoConfig.from_pretrained(resolved.folder, **options)
-    is_decoder = type(config) in transformers.AutoModelForCausalLM._model_mapping and not getattr(
-        config, "is_encoder_decoder", False
-    )
+    two_stacks = bool(getattr(config, "is_encoder_decoder", False))
+    is_decoder = type(config) in transformers.AutoModelForCausalLM._model_mapping and not two_stacks
     is_decoder = is_decoder and config.model_type not in _ENCODERS
+    if kind == "language":
+        kind = "causal" if is_decoder else "masked"
     if kind == "causal" and not is_decoder:
         raise ModelError(f"base_model {name!r} ({config.model_type}) is no causal language model")
-    if bidirectional and is_decoder:
-        config.is_causal = False
+    masked_models = transformers.AutoModelForMaskedLM._model_mapping
+    if kind == "masked" and (is_decoder or two_stacks or type(config) not in masked_models):
+        raise ModelError(f"base_model {name!r} ({config.model_type}) is no masked language model")
+    if is_decoder and (bidirectional or hasattr(config, "is_causal")):
+        config.is_causal = not bidirectional  # an earlier run may have saved the opposite
     config.use_cache = False
     options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
+    gpu = torch.cuda.is_available()
     if quantization == "nf4":
         options |= _four_bit(torch)
-    elif torch.cuda.is_available():
-        options["dtype"] = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    loader = AutoModelForCausalLM if kind == "causal" else AutoModel
-    with _clear_errors(name):
-        loaded: Any = loader.from_pretrained(resolved.folder, output_loading_info=True, **options)
+    elif dtype == "bf16" or (dtype == "auto" and gpu and torch.cuda.is_bf16_supported()):
+        options["dtype"] = torch.bfloat16
+    loaders: dict[str, Any] = {"backbone": AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+    with _clear_errors(name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_HEAD_SEED)
+        loaded: Any = loaders[kind].from_pretrained(resolved.folder, output_loading_info=True, **options)
     network, found = loaded
+    release_mapping(network)
     # What the file lacks starts at random and would be trained and reported as if it were the model; only a pooler,
-    # which many checkpoints leave out and nothing here reads, may be absent.
-    if missing := sorted(key for key in found["missing_keys"] if "pooler" not in key):
+    # which many checkpoints leave out and nothing here reads, may be absent, or a masked-LM head as a whole.
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    head: Head = "none" if kind == "backbone" else "checkpoint"
+    prefix = backbone_prefix(network)
+    only_head = kind == "masked" and bool(missing) and not any(key.startswith(prefix) for key in missing)
+    if only_head and set(missing) >= set(head_state(network)):
+        head, missing = _restore_head(network, resolved), []
+    if missing:
         raise ModelError(
             f"base_model {name!r} lacks {len(missing)} of its weights ({missing[0]} first); copy the model again"
         )
     if quantization == "nf4":
         _guard_four_bit(network, name)
-    elif torch.cuda.is_available():
+    elif gpu:
         network = network.cuda()
-    network = _stack_adapters(network, resolved, kind)
-    return BaseModel(network, load_tokenizer(resolved), resolved, quantization, is_decoder)
+    network = stack_adapters(network, resolved.adapters, prefix="" if kind == "backbone" else prefix)
+    return BaseModel(network, load_tokenizer(resolved), resolved, quantization, is_decoder, head)
+
+
+def release_mapping(network: torch.nn.Module) -> None:
+    """Copy every weight that is a view on a mapped safetensors file, so that the file is let go.
+
+    A mapping that stays keeps the whole checkpoint's pages beside what was made of them, and a file that is replaced
+    meanwhile would change the weights.
+    """
+    maps = Path("/proc/self/maps")
+    ranges: list[tuple[int, int]] | None = None
+    if maps.is_file():
+        lines = (line.split(maxsplit=5) for line in maps.read_text("utf-8", "replace").splitlines())
+        files = [fields[0].split("-") for fields in lines if len(fields) == 6 and ".safetensors" in fields[5]]
+        ranges = [(int(begin, 16), int(end, 16)) for begin, end in files]
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        address = tensor.data_ptr()
+        # Without /proc nobody can say which weights are mapped, so all are copied.
+        if tensor.device.type != "cpu" or not (ranges is None or any(begin <= address < end for begin, end in ranges)):
+            continue
+        if address not in copies:
+            copies[address] = tensor.detach().clone()
+        tensor.data = copies[address]
+
+
+def head_state(network: Any) -> dict[str, Any]:
+    """Return the weights of a language model's head by name: all that is neither backbone nor tied to it."""
+    inner = network.get_base_model() if hasattr(network, "peft_config") else network
+    backbone = {id(parameter) for parameter in inner.base_model.parameters()}
+    return {name: value for name, value in inner.named_parameters() if id(value) not in backbone}
+
+
+def _restore_head(network: Any, resolved: ResolvedModel) -> Head:
+    """Load the masked-LM head of the newest run below that trained one; else leave the fresh one, and say so."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state = head_state(network)
+    for parameter in state.values():
+        parameter.data = parameter.data.float()
+    for run in (adapter.parent for adapter in reversed(resolved.adapters)):
+        if not (run / HEAD).is_file() or read_task(run).get("task") != "pretraining":
+            continue
+        try:
+            saved = load_file(run / HEAD)
+        except (OSError, SafetensorError):
+            raise ModelError(f"{run / HEAD} is damaged; copy the run again") from None
+        if {name: value.shape for name, value in saved.items()} != {name: p.shape for name, p in state.items()}:
+            raise ModelError(f"{run / HEAD} does not fit base_model {resolved.name!r}; copy the run again")
+        with torch.no_grad():
+            for name, value in saved.items():
+                state[name].copy_(value)
+        return "run"
+    say(f"base_model {resolved.name} has no masked-LM head: a fresh one is made (seed {_HEAD_SEED}), and trains along")
+    return "fresh"
 
 
 _ENCODERS = frozenset({"bert", "roberta", "electra", "xlm-roberta", "camembert", "deberta", "deberta-v2", "modernbert"})
@@ -163,31 +253,6 @@ def load_tokenizer(resolved: ResolvedModel) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-def _stack_adapters(network: Any, resolved: ResolvedModel, kind: str) -> Any:
-    """Lay the adapters of earlier runs on the base, innermost first, all frozen and all active."""
-    if not resolved.adapters:
-        return network
-    from peft import PeftModel
-
-    from clinical_nlp.models.adapters import adapter_config, adapter_state, load_state
-
-    model: Any = None
-    names = []
-    for index, folder in enumerate(resolved.adapters):
-        name = f"parent{index}"
-        config = adapter_config(folder)
-        if model is None:
-            model = PeftModel(network, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        load_state(model, adapter_state(folder), name, prefix=backbone_prefix(network) if kind == "causal" else "")
-        names.append(name)
-    model.base_model.set_adapter(names)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
 
 
 def backbone_prefix(network: Any) -> str:

@@ -13,11 +13,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from clinical_nlp.adaptation.strategies import default_learning_rate, trainable_count
+from clinical_nlp.adaptation.strategies import (
+    Group,
+    StrategyConfig,
+    default_learning_rate,
+    parameter_groups,
+    trainable_count,
+)
 from clinical_nlp.config import Config
-from clinical_nlp.errors import ModelError, RunError
-from clinical_nlp.progress import progress, say
-from clinical_nlp.runs import Run
+from clinical_nlp.errors import ConfigError, ModelError, RunError
+from clinical_nlp.progress import is_main_process, progress, say
+from clinical_nlp.runs import Run, write_json
 from clinical_nlp.training import checkpoints
 
 WEIGHTS = "trainable.safetensors"
@@ -36,7 +42,7 @@ class TrainingConfig(Config):
     head_learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the task head, which starts from nothing."""
     batch_size: int = Field(default=16, ge=1)
-    """Examples (or packed rows) a forward pass, per process."""
+    """Examples (or packed rows) a forward pass, over all processes together."""
     accumulation: int = Field(default=1, ge=1)
     """Forward passes an optimiser step."""
     warmup: float = Field(default=0.06, ge=0, lt=1)
@@ -47,44 +53,101 @@ class TrainingConfig(Config):
     """Gradients are clipped to this norm."""
     save_steps: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints."""
+    curriculum: Literal["none", "length", "loss"] = "none"
+    """Order of the first epoch: none is random; length goes from short to long; loss (pretraining only) from what the
+    base model predicts best to what it predicts worst. Later epochs are random."""
+    patience: int | None = Field(default=None, ge=1)
+    """Epochs without a better score on the development part after which training ends and the best weights are taken;
+    default none: all epochs are trained, the last weights are kept."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
 
 
-class EpochSampler:
-    """Order of examples: a permutation drawn from (seed, epoch), in batches of similar length.
+class EpochBatches:
+    """Batches of example indices: an order drawn from (seed, epoch), examples of similar length together.
 
-    The order depends on nothing else, so a resumed run sees what the uninterrupted one would have seen.
+    The order depends on nothing else, so a resumed run sees what the uninterrupted one would have seen. What one
+    optimiser step sees (a window of `batch * accumulation` examples) is chosen before it is cut into forward passes and
+    dealt out to processes, so neither changes what is learned.
+
+    Parameters
+    ----------
+    lengths : tokens of each example.
+    batch, accumulation : examples of a forward pass over all processes, and forward passes of a step.
+    difficulty : of each example; if given, the first epoch goes from low to high.
+    rank, world : which process this is, of how many.
+    prepare : called with the epoch before its first example is fetched.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch: int,
+        accumulation: int = 1,
+        seed: int,
+        difficulty: Sequence[float] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
         self._lengths = np.asarray(lengths)
-        self._batch, self._seed, self._epoch = batch, seed, 0
+        self._batch, self._window, self._seed = batch, batch * accumulation, seed
+        self._difficulty = None if difficulty is None else np.asarray(difficulty, dtype=np.float64)
+        self._rank, self._world, self._prepare = rank, world, prepare
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is iterated next."""
-        self._epoch = epoch
+        self._epoch = int(epoch)
+        if self._prepare is not None:
+            self._prepare(self._epoch)
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return math.ceil(len(self._lengths) / self._batch)
 
-    def __iter__(self) -> Iterator[int]:
+    def windows(self) -> list[np.ndarray]:
+        """Return the examples of each optimiser step of this epoch, longest first within a step."""
         rng = np.random.default_rng((self._seed, self._epoch))
         order = rng.permutation(len(self._lengths))
+        size = self._window
+        if self._difficulty is not None and self._epoch == 0:
+            order = order[np.argsort(self._difficulty[order], kind="stable")]
+            windows = [order[begin : begin + size] for begin in range(0, len(order), size)]
+            return [window[np.argsort(-self._lengths[window], kind="stable")] for window in windows]
         # Sorted within pools, so that a small corpus does not see the same batches in every epoch.
-        pool = self._batch * min(50, max(4, len(order) // (8 * self._batch)))
-        batches = []
+        pool = size * min(50, max(4, len(order) // (8 * size)))
+        windows = []
         for begin in range(0, len(order), pool):
             part = order[begin : begin + pool]
             part = part[np.argsort(-self._lengths[part], kind="stable")]
-            batches += [part[index : index + self._batch] for index in range(0, len(part), self._batch)]
-        # A short batch stays last: in the middle it would shift every later batch boundary.
-        last = batches.pop() if batches and len(batches[-1]) < self._batch else None
-        rng.shuffle(batches)
-        for batch in [*batches, *([] if last is None else [last])]:
-            yield from batch.tolist()
+            windows += [part[index : index + size] for index in range(0, len(part), size)]
+        # A short window stays last: in the middle it would shift every later boundary.
+        last = windows.pop() if windows and len(windows[-1]) < size else None
+        rng.shuffle(windows)
+        return [*windows, *([] if last is None else [last])]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for window in self.windows():
+            for begin in range(0, len(window), self._batch):
+                batch = window[begin : begin + self._batch].tolist()
+                # A process without an example runs along on one that does not count (-1 - index): see `_Indexed`.
+                yield batch[self._rank :: self._world] or [-1 - batch[0]]
+
+
+class _Indexed:
+    """A dataset that marks whether an example counts; a negative index -1 - i is example i, without its targets."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return (self._dataset[index], True) if index >= 0 else (self._dataset[-1 - index], False)
 
 
 def train(
@@ -97,54 +160,72 @@ def train(
     seed: int,
     lengths: Sequence[int],
     tokenizer: Any,
-    strategy: str,
+    strategy: StrategyConfig,
     language_model: bool = False,
     head: str | None = None,
     max_steps: int | None = None,
     max_minutes: float | None = None,
     resume: bool = False,
     terms: Sequence[LossTerm] = (),
+    validate: Callable[[], float] | None = None,
+    difficulty: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Train what is trainable in `model`, with checkpoints in the run.
 
     Parameters
     ----------
     model : module whose forward takes the collated batch and returns a loss.
-    dataset : indexable examples (a `datasets.Dataset` of packed rows for a language model).
-    collate : examples -> batch of tensors.
+    dataset : indexable examples (a `datasets.Dataset` of packed rows for a language model). Where it has `set_epoch`,
+        that is called before each epoch: what is random about an example is drawn there from (seed, epoch, example),
+        never while collating, or a resumed run would be another one.
+    collate : examples -> batch of tensors, with `labels` that are -100 where nothing is to be predicted.
     lengths : tokens of each example, for batches of similar length.
-    strategy : its name, for the learning rate where the config has none.
+    strategy : says which parameters learn, at which rate, from which step.
     language_model : train through TRL's SFTTrainer instead of transformers' Trainer.
     head : name of the task head inside `model`, which has its own learning rate.
     max_steps, max_minutes : earlier ends.
     resume : continue from the newest checkpoint that verifies.
     terms : further loss terms.
+    validate : score of the model as it stands, higher is better; for early stopping (`config.patience`).
+    difficulty : of each example, for `config.curriculum` loss.
 
     Returns
     -------
-    `steps`, `train_loss`, `tokens` (trained on, without padding) and `seconds` of this call.
+    `steps`, `train_loss`, `tokens` (trained on, without padding) and `seconds` of this call; with early stopping also
+    `best_epoch` and `best_score`.
 
     Raises
     ------
+    ConfigError : the strategy, the curriculum or early stopping asks for what this task does not have.
     RunError : the run was asked to stop (SIGTERM) and has saved a checkpoint to resume from.
-    ModelError : the loss is not finite.
+    ModelError : the loss is not finite; the last checkpoint from before that is kept.
     """
     import torch
     import transformers
 
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("nothing to train: the strategy freezes every weight and this task has no head")
+    if config.curriculum == "loss" and difficulty is None:
+        raise ConfigError("training.curriculum 'loss' needs a base model that does the task already; use length")
+    if config.patience is not None and validate is None:
+        raise ConfigError("training.patience needs a score on a development part, which this task does not have")
     gpu = torch.cuda.is_available()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu and torch.cuda.is_bf16_supported())
     steps_an_epoch = max(1, math.ceil(math.ceil(len(lengths) / config.batch_size) / config.accumulation))
     planned = min(max_steps or 10**9, max(1, round(steps_an_epoch * config.epochs)))
+    groups = parameter_groups(
+        model,
+        strategy,
+        head=head,
+        learning_rate=config.learning_rate or default_learning_rate(strategy.name, trainable_count(model)[1]),
+        head_learning_rate=config.head_learning_rate,
+    )
     options: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
         "max_steps": planned,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "learning_rate": config.learning_rate or default_learning_rate(strategy, trainable_count(model)[1]),
-        "lr_scheduler_type": "linear",
-        "warmup_steps": round(config.warmup * planned),
-        "weight_decay": config.weight_decay,
+        "learning_rate": groups[-1].learning_rate,
         "max_grad_norm": config.max_grad_norm,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
@@ -156,8 +237,7 @@ def train(
         "use_cpu": not gpu,
         "bf16": bf16,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": gpu,
+        "ddp_find_unused_parameters": any(group.start > 0 for group in groups),
         "remove_unused_columns": False,
         "report_to": [],
         "disable_tqdm": True,
@@ -169,32 +249,44 @@ def train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer_class, arguments = _trainer_class(language_model, options)
-    rows = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not rows:
-        raise ModelError("nothing to train: the strategy freezes every weight and this task has no head")
     stop = _Stop(max_minutes)
     shown = _shown(run, planned)
+    stages = _Stages({name: round(group.start * planned) for group in groups for name in group.names})
+    early = _Early(run, validate, config.patience) if config.patience is not None and validate is not None else None
     trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=dataset,
         data_collator=collate,
-        callbacks=[stop, shown],
+        callbacks=[stop, shown, stages, *([] if early is None else [early])],
         **({"processing_class": tokenizer} if language_model else {}),
     )
-    for row in rows:  # SFTTrainer casts adapters on a 4-bit base to bf16, where small updates vanish
-        row.data = row.data.float() if row.dtype == torch.bfloat16 and not bf16 else row.data
+    for parameter in model.parameters():  # SFTTrainer casts adapters on a 4-bit base to bf16: small updates vanish
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs = True
-    trainer.sampler = EpochSampler(lengths, config.batch_size, seed)
+    trainer.batches = EpochBatches(
+        lengths,
+        batch=config.batch_size,
+        accumulation=config.accumulation,
+        seed=seed,
+        difficulty={"none": None, "length": lengths, "loss": difficulty}[config.curriculum],
+        rank=arguments.process_index,
+        world=arguments.world_size,
+        prepare=getattr(dataset, "set_epoch", None),
+    )
     trainer.terms = list(terms)
-    trainer.head, trainer.head_learning_rate = head, config.head_learning_rate
+    trainer.groups, trainer.warmup, trainer.decay = groups, config.warmup, config.weight_decay
     newest = checkpoints.newest(run.checkpoints) if resume else None
     if resume:
         say(f"resuming from {newest.name}" if newest else "no whole checkpoint yet; starting from the beginning")
     began = time.monotonic()
     try:
         before = int(newest.name.rpartition("-")[2]) if newest else 0
+        stages.model = model
+        if early is not None:
+            early.begin(model, before)
         with stop.listening(), progress("train", planned, unit="steps", done=before) as bar:
             shown.bar = bar
             outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -204,28 +296,53 @@ def train(
         raise RunError(
             f"stopped by a signal after step {outcome.global_step}, checkpoint saved; finish it with --resume"
         )
-    if not math.isfinite(outcome.training_loss):
-        raise ModelError("training diverged: the loss is not finite; lower training.learning_rate")
+    trainer._stop_if_diverged()
     trained = sum(lengths) * trainer.state.epoch if trainer.state.epoch else 0
     return {
         "steps": trainer.state.global_step,
         "train_loss": outcome.training_loss,
         "tokens": round(trained),
         "seconds": round(time.monotonic() - began, 1),
+        **({} if early is None else early.take_best()),
     }
 
 
 class LossTerms:
     """The one mixin over the trainers: extra loss terms, own order, and checkpoints of what trains and nothing else."""
 
-    sampler: EpochSampler
+    batches: EpochBatches
     terms: list[LossTerm]
-    head: str | None
-    head_learning_rate: float
+    groups: list[Group]
+    warmup: float
+    decay: float
     optimizer: Any
+    lr_scheduler: Any
+    _starts: list[float]
+    _finite: Any = None
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.sampler
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of this process; accelerate would deal them out itself and repeat examples to fill up."""
+        import torch
+
+        class Loader(torch.utils.data.DataLoader[Any]):
+            def set_epoch(self, epoch: int) -> None:
+                self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+        collate = self.data_collator  # type: ignore[attr-defined]
+
+        def collate_counted(items: list[tuple[Any, bool]]) -> Any:
+            batch = collate([example for example, _ in items])
+            if not items[0][1]:
+                for key in batch.keys() & {"labels", "shift_labels"}:
+                    batch[key] = torch.full_like(batch[key], -100)
+            return batch
+
+        return Loader(
+            _Indexed(self.train_dataset),  # type: ignore[attr-defined, arg-type]
+            batch_sampler=self.batches,  # type: ignore[arg-type]
+            collate_fn=collate_counted,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -241,27 +358,50 @@ class LossTerms:
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Build AdamW with the head in its own group and no decay on vectors."""
+        """Build AdamW with each group's own rate, and no decay on vectors."""
         import torch
 
         if getattr(self, "optimizer", None) is not None:
             return self.optimizer
         args = self.args  # type: ignore[attr-defined]
         network = self.model if model is None else model  # type: ignore[attr-defined]
-        groups: dict[tuple[float, float], list[Any]] = {}
-        for name, parameter in network.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            in_head = self.head is not None and f"{self.head}." in f"{name}."
-            rate = self.head_learning_rate if in_head else args.learning_rate
-            groups.setdefault((rate, args.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        parameters = {_plain(name): value for name, value in network.named_parameters() if value.requires_grad}
+        rows: list[dict[str, Any]] = []
+        self._starts = []
+        for group in self.groups:
+            for is_matrix in (True, False):
+                chosen = [parameters[name] for name in group.names if (parameters[name].ndim > 1) == is_matrix]
+                if chosen:
+                    decay = self.decay if is_matrix else 0.0
+                    rows.append({"params": chosen, "lr": group.learning_rate, "weight_decay": decay})
+                    self._starts.append(group.start)
         self.optimizer = torch.optim.AdamW(
-            [{"params": rows, "lr": rate, "weight_decay": decay} for (rate, decay), rows in groups.items()],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
+            rows, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
         )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule: each group rises over its warm-up from the step at which it begins, then falls to 0."""
+        import torch
+
+        def factor(start: float) -> Callable[[int], float]:
+            first = round(start * num_training_steps)
+            rise = round(self.warmup * (num_training_steps - first))
+
+            def at(step: int) -> float:
+                if step < first:
+                    return 0.0
+                if step < first + rise:
+                    return (step - first) / rise
+                return max(0.0, (num_training_steps - step) / max(1, num_training_steps - first - rise))
+
+            return at
+
+        if self.lr_scheduler is None:
+            target = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, [factor(start) for start in self._starts])
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         from safetensors.torch import save_file
@@ -271,40 +411,84 @@ class LossTerms:
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        save_file(trainable_state(model), folder / WEIGHTS)
+        save_file(trainable_state(model, self.names), folder / WEIGHTS)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters that learn at some step."""
+        return [name for group in self.groups for name in group.names]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from safetensors.torch import load_file
-
         target = self.accelerator.unwrap_model(self.model if model is None else model)  # type: ignore[attr-defined]
-        state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        parameters = {name: value for name, value in target.named_parameters() if value.requires_grad}
-        if set(state) - set(parameters) or len(state) != len(trainable_state(target)):
-            raise RunError("the checkpoint does not fit the model of this config; start again in a new directory")
-        import torch
-
-        with torch.no_grad():
-            for name, value in state.items():
-                parameters[name].copy_(value)
+        restore(target, Path(resume_from_checkpoint) / WEIGHTS, self.names)
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
         """Write none: TRL's card is for the hub, the run writes its own."""
 
+    def training_step(self, *arguments: Any, **options: Any) -> Any:
+        """Run one forward and backward pass, and remember whether every loss so far was finite."""
+        import torch
+
+        loss = super().training_step(*arguments, **options)  # type: ignore[misc]
+        finite = torch.isfinite(loss.detach()).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log, unless the loss is not finite: later checkpoints would push out the last good one."""
+        self._stop_if_diverged()
+        super().log(logs, *arguments, **options)  # type: ignore[misc]
+
+    def _stop_if_diverged(self) -> None:
+        diverged = self._finite is not None and not bool(self._finite)
+        if _any_process(diverged, self.args.world_size):  # type: ignore[attr-defined]
+            raise ModelError(
+                f"training diverged by step {self.state.global_step}: the loss is not finite; "  # type: ignore[attr-defined]
+                "lower training.learning_rate (checkpoints from before that are kept)"
+            )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._stop_if_diverged()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:  # type: ignore[attr-defined]
             checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
 
 
-def trainable_state(model: Any) -> dict[str, Any]:
-    """Return the trainable weights by name, each storage once (tied weights are one)."""
+def trainable_state(model: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the trainable weights (or those named) by name, each storage once (tied weights are one)."""
+    wanted = None if names is None else set(names)
     seen: set[int] = set()
     state = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.data_ptr() not in seen:
+        chosen = parameter.requires_grad if wanted is None else name in wanted
+        if chosen and parameter.data_ptr() not in seen:
             seen.add(parameter.data_ptr())
             state[name] = parameter.detach().cpu().contiguous()
     return state
+
+
+def restore(model: Any, path: Path, names: Sequence[str]) -> None:
+    """Put the saved trainable weights back.
+
+    Raises
+    ------
+    RunError : they are not those of this model.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    parameters = dict(model.named_parameters())
+    if state.keys() != trainable_state(model, names).keys():
+        raise RunError("the checkpoint does not fit the model of this config; start again in a new directory")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def _plain(name: str) -> str:
+    """Return a parameter's name without what wrapping for several processes puts before it."""
+    return name.removeprefix("module.")
 
 
 def _trainer_class(language_model: bool, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -348,10 +532,98 @@ def _Stop(max_minutes: float | None) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             late = max_minutes is not None and time.monotonic() - self.began > 60 * max_minutes
-            if self.signalled or late:
+            if _any_process(self.signalled or late, args.world_size):
                 control.should_save = control.should_training_stop = True
 
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.signalled = _any_process(self.signalled, args.world_size)
+
     return Stop()
+
+
+def _any_process(value: bool, world: int) -> bool:
+    """Say whether it holds in any process: all must stop after the same step."""
+    if world == 1:
+        return value
+    import torch
+
+    flag = torch.tensor(float(value), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _Stages(starts: dict[str, int]) -> Any:
+    """Make the callback that freezes each parameter until the step at which it begins to learn."""
+    from transformers import TrainerCallback
+
+    class Stages(TrainerCallback):
+        model: Any = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if any(starts.values()):
+                for name, parameter in self.model.named_parameters():
+                    if name in starts:
+                        parameter.requires_grad_(state.global_step >= starts[name])
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for name, parameter in self.model.named_parameters():
+                if name in starts:
+                    parameter.requires_grad_(True)
+
+    return Stages()
+
+
+def _Early(run: Run, validate: Callable[[], float], patience: int) -> Any:
+    """Make the callback that scores the model after each epoch, keeps the best weights and ends training.
+
+    The scores are in a file of the run with the step at which they were taken: a resumed run forgets those after its
+    checkpoint. The two best so far are kept, since the second best may be the best of what a resumed run has seen.
+    """
+    import json
+
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
+
+    history = run.checkpoints / "validation.json"
+
+    class Early(TrainerCallback):
+        def begin(self, model: Any, step: int) -> None:
+            self.model: Any = model
+            self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            found = json.loads(history.read_text("utf-8")) if step and history.is_file() else []
+            self.scores: list[dict[str, float]] = [entry for entry in found if entry["step"] <= step]
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if any(entry["step"] == state.global_step for entry in self.scores):
+                return
+            training = self.model.training
+            score = validate()
+            self.model.train(training)
+            ranked = sorted(self.scores, key=lambda entry: -entry["score"])
+            best = ranked[0]["score"] if ranked else -math.inf
+            self.scores.append({"step": state.global_step, "epoch": round(state.epoch or 0, 3), "score": score})
+            if is_main_process():
+                run.log(step=state.global_step, development=score)
+                if score > best:
+                    save_file(trainable_state(self.model, self.names), self._file(state.global_step))
+                    for entry in ranked[1:]:
+                        self._file(entry["step"]).unlink(missing_ok=True)
+                write_json(history, self.scores)
+            since = len(self.scores) - 1 - max(range(len(self.scores)), key=lambda i: self.scores[i]["score"])
+            control.should_training_stop = control.should_training_stop or since >= patience
+
+        def take_best(self) -> dict[str, float]:
+            if not self.scores:  # ended by max_steps or max_minutes within the first epoch
+                return {}
+            best = max(self.scores, key=lambda entry: entry["score"])
+            restore(self.model, self._file(best["step"]), self.names)
+            say(f"best on the development part: epoch {best['epoch']:g}")
+            return {"best_epoch": best["epoch"], "best_score": best["score"]}
+
+        def _file(self, step: float) -> Path:
+            return run.checkpoints / f"best-{int(step)}.safetensors"
+
+    return Early()
 
 
 def _shown(run: Run, planned: int) -> Any:

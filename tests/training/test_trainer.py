@@ -16,7 +16,7 @@ from clinical_nlp.models.loading import load_base
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks import ner, pretraining
 from clinical_nlp.training import checkpoints
-from clinical_nlp.training.trainer import EpochSampler, TrainingConfig, train, trainable_state
+from clinical_nlp.training.trainer import EpochBatches, TrainingConfig, train, trainable_state
 
 TASK = ner.NerTask(labels=("problem",), window=48, overlap=8, bidirectional=True)
 
@@ -61,7 +61,7 @@ def fit(output, decoder, *, resume=False, strategy="lora", max_steps=8, **settin
             seed=0,
             lengths=[len(window.input_ids) for window in windows],
             tokenizer=base.tokenizer,
-            strategy="lora",
+            strategy=StrategyConfig(name=strategy, rank=4),
             head="head",
             max_steps=max_steps,
             resume=resume,
@@ -89,7 +89,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("strategy", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("strategy", ["head", "lp_ft", "gradual", "full", "lora", "dora", "qlora", "bottleneck", "ia3"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, decoder, monkeypatch, strategy):
     straight = fit(tmp_path / "a", decoder, strategy=strategy)
     with monkeypatch.context() as patch:
@@ -159,13 +159,13 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, decoder, monkeypatch):
     import os
     import signal
 
-    original = EpochSampler.__iter__
+    original = EpochBatches.__iter__
 
     def signalling(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(EpochSampler, "__iter__", signalling)
+    monkeypatch.setattr(EpochBatches, "__iter__", signalling)
     with pytest.raises(RunError, match="--resume"):
         fit(tmp_path / "a", decoder)
     assert checkpoints.newest(tmp_path / "a" / "checkpoints") is not None
@@ -173,12 +173,12 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, decoder, monkeypatch):
 
 
 def test_the_order_depends_on_seed_and_epoch_alone_and_covers_everything():
-    sampler = EpochSampler([5, 1, 9, 3, 7, 2, 8] * 5, 2, seed=1)
-    first = list(sampler)
-    assert sorted(first) == list(range(35))
-    assert first == list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) != first
+    batches = EpochBatches([5, 1, 9, 3, 7, 2, 8] * 5, batch=2, seed=1)
+    first = list(batches)
+    assert sorted(index for batch in first for index in batch) == list(range(35))
+    assert first == list(batches)
+    batches.set_epoch(1)
+    assert list(batches) != first
 
 
 def test_language_model_training_resumes_bit_for_bit(tmp_path, decoder, monkeypatch):
@@ -196,7 +196,7 @@ def test_language_model_training_resumes_bit_for_bit(tmp_path, decoder, monkeypa
                 seed=0,
                 lengths=[len(ids) for ids in packed["input_ids"]],
                 tokenizer=base.tokenizer,
-                strategy="lora",
+                strategy=StrategyConfig(name="lora"),
                 language_model=True,
                 max_steps=8,
                 resume=resume,
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, decoder):
             seed=0,
             lengths=[1] * len(windows),
             tokenizer=base.tokenizer,
-            strategy="head",
+            strategy=StrategyConfig(name="head"),
             max_steps=3,
             terms=[lambda model, inputs: torch.tensor(float("nan"))],
         )
@@ -245,7 +245,7 @@ def test_a_term_counts_once_a_step_whatever_the_accumulation(tmp_path, decoder):
                 seed=0,
                 lengths=[1] * 8,
                 tokenizer=base.tokenizer,
-                strategy="lora",
+                strategy=StrategyConfig(name="lora"),
                 max_steps=1,
                 terms=[lambda model, inputs: torch.tensor(3.0)],
             )
