@@ -191,8 +191,8 @@ def train(
 
     Returns
     -------
-    `steps`, `train_loss`, `tokens` (trained on, without padding) and `seconds` of this call; with early stopping also
-    `best_epoch` and `best_score`.
+    `steps`, `train_loss`, `tokens` (trained on, without padding), `seconds` of this call and `processes`; with early
+    stopping also `best_epoch` and `best_score`.
 
     Raises
     ------
@@ -303,6 +303,7 @@ def train(
         "train_loss": outcome.training_loss,
         "tokens": round(trained),
         "seconds": round(time.monotonic() - began, 1),
+        "processes": arguments.world_size,
         **({} if early is None else early.take_best()),
     }
 
