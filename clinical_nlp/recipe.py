@@ -147,7 +147,7 @@ def list_recipes(shelf: Shelf = "recipes") -> list[Recipe]:
 
 
 def copy_recipe(name: str, destination: Path) -> list[Path]:
-    """Copy a recipe and its YAML, to edit; returns the new files.
+    """Copy a recipe, its YAML and, where it trains, those for `accelerate launch`, to edit; returns the new files.
 
     Parameters
     ----------
@@ -162,12 +162,19 @@ def copy_recipe(name: str, destination: Path) -> list[Path]:
     pairs = [(recipe.path, target)]
     for source in recipe.config_files:
         pairs.append((source, target.with_name(source.name.replace(recipe.name, target.stem, 1))))
+    if "clinical_nlp.training" in recipe.path.read_text("utf-8"):
+        pairs += [(source, target.parent / "accelerate" / source.name) for source in _launch_files(recipe)]
     if taken := [str(new) for _, new in pairs if new.exists()]:
         raise UsageError(f"{taken[0]} is already there and is not overwritten; choose another DEST")
     target.parent.mkdir(parents=True, exist_ok=True)
     for old, new in pairs:
+        new.parent.mkdir(exist_ok=True)
         shutil.copyfile(old, new)
     return [new for _, new in pairs]
+
+
+def _launch_files(recipe: Recipe) -> list[Path]:
+    return sorted((recipe.path.parent / "configs" / "accelerate").glob("*.yaml"))
 
 
 def _packaged(shelf: Shelf) -> Path:

@@ -386,7 +386,8 @@ def test_a_recipe_that_is_none_is_one_line(tmp_path: Path) -> None:
 def test_a_copied_recipe_in_the_working_folder_is_found_first_with_its_own_yaml(tmp_path: Path) -> None:
     done = call("copy", "ner", "recipes", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "copied 2 files" in done.stdout
+    assert "copied 5 files" in done.stdout
+    assert (tmp_path / "recipes" / "accelerate" / "fsdp_qlora.yaml").is_file()
     config = tmp_path / "recipes" / "ner.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 41"))
     shown = call("run", "ner", "--print-config", cwd=tmp_path)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from clinical_nlp.errors import ModelError
+from clinical_nlp.models import bottleneck
 from clinical_nlp.models.adapters import merge_adapters, stack_adapters
 from clinical_nlp.models.loading import BaseModel, Quantization, backbone_prefix, load_base
-from clinical_nlp.models.resolve import resolve_model
 
 
-def load_merged(name: str, *, kind: Literal["backbone", "causal"], quantization: Quantization) -> BaseModel:
+def load_merged(
+    name: str,
+    *,
+    kind: Literal["backbone", "language"] = "backbone",
+    quantization: Quantization,
+    bidirectional: bool = False,
+) -> BaseModel:
     """Load a run with its adapters merged into float32 weights.
 
     Merging into the original weights of a base that was 4-bit in training gives another model, since the adapter has
@@ -19,25 +26,23 @@ def load_merged(name: str, *, kind: Literal["backbone", "causal"], quantization:
     Parameters
     ----------
     name : directory of a run that holds an adapter.
-    kind : see `load_base`.
+    kind, bidirectional : see `load_base`.
     quantization : how the base was loaded when the run was trained.
 
     Raises
     ------
     ModelError : the run has no adapter, or one that cannot be merged (bottleneck).
     """
-    resolved = resolve_model(name)
-    if not resolved.adapters:
+    base = load_base(name, kind=kind, quantization=quantization, bidirectional=bidirectional, dtype="fp32")
+    if not base.resolved.adapters:
         raise ModelError(f"run {name} has no adapter that could be merged; its weights are whole already")
-    base = load_base(resolved.folder, kind=kind, quantization=quantization)
-    network = dequantize(base.network).float()
-    prefix = "" if kind == "backbone" else backbone_prefix(network)
-    network = merge_adapters(stack_adapters(network, resolved.adapters, prefix=prefix))
-    from clinical_nlp.models import bottleneck
-
+    network = base.network
     if bottleneck.names(network):
         raise ModelError(f"run {name} has a bottleneck adapter, a network of its own that no weights can stand for")
-    return BaseModel(network, base.tokenizer, resolved, "none", base.is_decoder)
+    network = dequantize(network.unload() if hasattr(network, "peft_config") else network).float()
+    prefix = "" if kind == "backbone" else backbone_prefix(network)
+    network = merge_adapters(stack_adapters(network, base.resolved.adapters, prefix=prefix))
+    return replace(base, network=network, quantization="none")
 
 
 def dequantize(network: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 import warnings
@@ -197,7 +198,8 @@ def train(
     Raises
     ------
     ConfigError : the strategy, the curriculum or early stopping asks for what this task does not have.
-    RunError : the run was asked to stop (SIGTERM) and has saved a checkpoint to resume from.
+    RunError : the run was asked to stop (SIGTERM) and has saved a checkpoint to resume from; or the weights are divided
+        among processes (FSDP, DeepSpeed), and one process has to finish the run.
     ModelError : the loss is not finite; the last checkpoint from before that is kept.
     """
     import torch
@@ -297,6 +299,11 @@ def train(
             f"stopped by a signal after step {outcome.global_step}, checkpoint saved; finish it with --resume"
         )
     trainer._stop_if_diverged()
+    if sharded():
+        raise RunError(
+            f"trained on {arguments.world_size} processes, none of which holds the whole model, and saved; the same "
+            "command with --resume and without accelerate launch scores it and finishes the run"
+        )
     trained = sum(lengths) * trainer.state.epoch if trainer.state.epoch else 0
     return {
         "steps": trainer.state.global_step,
@@ -411,6 +418,10 @@ class LossTerms:
             return
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is not None:  # gathered from several processes, none of which holds the whole
+            state = {_plain(name): value.contiguous() for name, value in state_dict.items()}
+            save_file({name: state[name] for name in self.names if name in state}, folder / WEIGHTS)
+            return
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         save_file(trainable_state(model, self.names), folder / WEIGHTS)
 
@@ -453,6 +464,11 @@ class LossTerms:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:  # type: ignore[attr-defined]
             checkpoints.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
+
+
+def sharded() -> bool:
+    """Say whether the weights are divided among processes (FSDP, DeepSpeed), as `accelerate launch` was told."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def trainable_state(model: Any, names: Sequence[str] | None = None) -> dict[str, Any]:

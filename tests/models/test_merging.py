@@ -8,7 +8,7 @@ from tiny_models import write_decoder, write_encoder
 
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy
 from clinical_nlp.errors import ModelError
-from clinical_nlp.models import merging
+from clinical_nlp.models import loading, merging
 from clinical_nlp.models.adapters import ADAPTER, save_adapter, stack_adapters
 from clinical_nlp.models.loading import backbone_prefix, load_base
 from clinical_nlp.models.resolve import ResolvedModel
@@ -37,18 +37,21 @@ def adapter(folder, model, strategy, kind):
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
-    save_adapter(network, folder, name=ADAPTER, prefix=backbone_prefix(inner) if kind == "causal" else "")
+    save_adapter(network, folder, name=ADAPTER, prefix=backbone_prefix(inner) if kind == "language" else "")
     return network
 
 
 @pytest.mark.parametrize("strategy", ["lora", "dora", "qlora", "ia3"])
-@pytest.mark.parametrize(("model", "kind"), [("decoder", "backbone"), ("decoder", "causal"), ("encoder", "backbone")])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("decoder", "backbone"), ("decoder", "language"), ("encoder", "backbone"), ("encoder", "language")],
+)
 def test_merged_gives_what_the_adapter_gave(models, tmp_path, monkeypatch, strategy, model, kind):
     network = adapter(tmp_path / "adapter", models[model], strategy, kind)
     resolved = ResolvedModel("run", models[model], (tmp_path / "adapter",))
-    monkeypatch.setattr(merging, "resolve_model", lambda name: resolved)
-    quantization = "nf4" if strategy == "qlora" else "none"
-    merged = merging.load_merged("run", kind=kind, quantization=quantization)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "resolve_model", lambda name: resolved)
+        merged = merging.load_merged("run", kind=kind, quantization="nf4" if strategy == "qlora" else "none")
     assert not hasattr(merged.network, "peft_config")
     assert torch.allclose(hidden(merged.network), hidden(network), atol=1e-4)
     merged.network.save_pretrained(tmp_path / "merged")
@@ -57,7 +60,7 @@ def test_merged_gives_what_the_adapter_gave(models, tmp_path, monkeypatch, strat
     assert torch.allclose(hidden(again), hidden(network), atol=1e-4)
     if strategy == "qlora":  # the trap: on the original weights it is another model
         plain = load_base(models[model], kind=kind).network
-        prefix = backbone_prefix(plain) if kind == "causal" else ""
+        prefix = backbone_prefix(plain) if kind == "language" else ""
         naive = stack_adapters(plain, [tmp_path / "adapter"], prefix=prefix)
         assert not torch.allclose(hidden(naive), hidden(network), atol=1e-3)
 
@@ -65,9 +68,9 @@ def test_merged_gives_what_the_adapter_gave(models, tmp_path, monkeypatch, strat
 def test_what_cannot_be_merged_is_refused(models, tmp_path, monkeypatch):
     adapter(tmp_path / "adapter", models["decoder"], "bottleneck", "backbone")
     resolved = ResolvedModel("run", models["decoder"], (tmp_path / "adapter",))
-    monkeypatch.setattr(merging, "resolve_model", lambda name: resolved)
+    monkeypatch.setattr(loading, "resolve_model", lambda name: resolved)
     with pytest.raises(ModelError, match="bottleneck"):
         merging.load_merged("run", kind="backbone", quantization="none")
-    monkeypatch.setattr(merging, "resolve_model", lambda name: ResolvedModel("run", models["decoder"]))
+    monkeypatch.setattr(loading, "resolve_model", lambda name: ResolvedModel("run", models["decoder"]))
     with pytest.raises(ModelError, match="no adapter"):
         merging.load_merged("run", kind="backbone", quantization="none")

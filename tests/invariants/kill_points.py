@@ -1,0 +1,61 @@
+"""Kill training at random moments and resume it; run by test_kill.py in a process of its own.
+
+    python kill_points.py MODEL FOLDER POINTS SEED
+
+The libraries are imported once; each training runs in a fork, which is killed with SIGKILL and begun again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tiny_training import fit
+
+
+def train_in_fork(model: str, run: Path, result: Path, *, resume: bool) -> int:
+    """Start a training and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(os.open(run.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        save_file(fit(run, model, resume=resume, save_steps=2, max_steps=12), result)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def main() -> None:
+    """Print one line a point: the share of the time after which it was killed, and whether the weights are the same."""
+    model, folder, points, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    began = time.monotonic()
+    os.waitpid(train_in_fork(model, folder / "whole", folder / "whole.safetensors", resume=False), 0)
+    duration = time.monotonic() - began
+    wanted = (folder / "whole.safetensors").read_bytes()
+    rng = random.Random(seed)
+    for point in range(points):
+        run, result = folder / f"run{point}", folder / f"{point}.safetensors"
+        delay = duration * rng.uniform(0.1, 1.0)
+        child = train_in_fork(model, run, result, resume=False)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        steps = sorted(int(path.name.partition("-")[2]) for path in (run / "checkpoints").glob("checkpoint-*"))
+        if not result.is_file():
+            os.waitpid(train_in_fork(model, run, result, resume=(run / "config.yaml").is_file()), 0)
+        same = result.is_file() and result.read_bytes() == wanted
+        print(f"{delay / duration:.2f} {steps[-1] if steps else 0} {'same' if same else 'different'}", flush=True)
+        shutil.rmtree(run, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
