@@ -113,9 +113,9 @@ def merge_pretraining(config: MergeConfig, earlier: Run, run: Run) -> tuple[Any,
     material = dapt.in_memory(corpus, dapt.split_corpus(corpus, settings), task, merged.tokenizer)
     before = load_base(str(earlier.path), kind="language", **common).network
     after = rounded(merged.network, config.dtype)
-    losses = [task.losses(task.model(network), material.held_out) for network in (before, after)]
+    first, second = (task.losses(task.model(network), material.held_out) for network in (before, after))
     found: dict[str, Estimate] = pretraining.compare(
-        *losses, material.patients, material.groups, part=material.part, seed=settings.seed, metric=task.metric
+        first, second, material.patients, material.groups, part=material.part, seed=settings.seed, metric=task.metric
     )
     run.record(found)
     dapt.save(run.path, merged.network, merged, task, moves_base=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +13,24 @@ import numpy as np
 from pydantic import Field
 
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
-from clinical_nlp.config import RecipeConfig
-from clinical_nlp.errors import ConfigError, InputError
-from clinical_nlp.models.loading import load_base
-from clinical_nlp.models.resolve import provenance, resolve_model
+from clinical_nlp.config import CorpusConfig, RecipeConfig, SplitConfig
+from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
+from clinical_nlp.models.loading import BaseModel, load_base, read_task
+from clinical_nlp.models.resolve import ResolvedModel, provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
-from clinical_nlp.notes.splitting import split_patients
+from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
-from clinical_nlp.runs import Run
+from clinical_nlp.runs import Estimate, Run
+from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
 from clinical_nlp.tasks import ner
 from clinical_nlp.training.trainer import TrainingConfig, train
+
+
+class ReplayConfig(CorpusConfig):
+    """Notes of an earlier corpus that are learned along, and on which forgetting is measured."""
+
+    ratio: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the training tokens that come from this corpus; 0 only measures."""
 
 
 class NerConfig(RecipeConfig):
@@ -29,6 +40,9 @@ class NerConfig(RecipeConfig):
     """Hub id, local folder, or the directory of an earlier run."""
     strategy: StrategyConfig = StrategyConfig(name="qlora")
     """What may move. See `clinical-nlp list strategies`."""
+    head: Literal["auto", "new", "continue"] = "auto"
+    """continue: go on with the tagging head of the ner run that base_model names. new: a fresh one. auto: continue
+    where base_model is a ner run, else new."""
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """Whether a decoder sees to the right of a word; encoders always do."""
     labels: list[str] = Field(default_factory=list)
@@ -37,8 +51,17 @@ class NerConfig(RecipeConfig):
     """Tokens the model sees at once."""
     overlap: int = Field(default=64, ge=0)
     """Tokens that neighbouring windows of a long note share."""
+    loss: ner.LossConfig = ner.LossConfig()
+    """What a wrongly tagged word costs."""
+    drop_sections: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a section of a training note is left out, drawn anew each epoch, to learn notes that lack it."""
+    replay: ReplayConfig | None = None
+    """Corpus that shall not be forgotten: replay.name, replay.path, replay.options, replay.ratio. It must mark every
+    entity type that is learned."""
     training: TrainingConfig = TrainingConfig(epochs=6)
     """How the weights are moved."""
+    score_train: bool = False
+    """Also score the development part and a sample of the training patients, which shows overfitting."""
 
 
 CONFIG = NerConfig
@@ -46,39 +69,44 @@ CONFIG = NerConfig
 
 def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
     """Train, score on held-out patients, and write the run."""
-    if config.overlap >= config.window // 2:
-        raise ConfigError(f"overlap {config.overlap} must be less than half of window {config.window}")
+    check_overlap(config.overlap, config.window)
     with Run.open(output, config, recipe="ner", resume=resume) as run:
-        resolve_model(config.base_model)  # a wrong name is told before the notes are read
-        corpus = load_corpus(config.corpus.name, config.corpus.path, **config.corpus.options)
-        gold = gold_spans(corpus)
-        split = split_patients(corpus.notes, config.split, seed=config.seed, parts=corpus.parts)
-        say(split.describe())
-        texts = corpus.notes["text"].to_pylist()
-        patients = corpus.notes["patient_id"].to_pylist()
-        found = {label for row in split.train for _, _, label in gold[row]}
-        labels = tuple(sorted(set(config.labels) & found if config.labels else found))
-        if not labels:
-            raise InputError("the training part has no spans of the entity types asked for")
+        resolved = resolve_model(config.base_model)  # a wrong name is told before the notes are read
+        data = read(config.corpus, config.split, config.seed)
+        labels = labels_to_learn(config, data)
+        earlier = fitting_head(config, resolved, labels)
+        source = None if config.replay is None else read_source(config.replay, config, data, labels)
+        if config.training.patience is not None:
+            check_development(data, labels)
 
         base = load_base(
             config.base_model,
             quantization=config.strategy.quantization,
             bidirectional=config.attention == "bidirectional",
         )
-        window = min(config.window, getattr(base.network.config, "max_position_embeddings", config.window))
+        if config.attention == "causal" and not base.is_decoder:
+            raise ConfigError(
+                f"attention causal: base_model {config.base_model!r} is an encoder, which always sees both sides of a "
+                "word; leave attention out, or name a decoder"
+            )
+        window = fitting_window(config, base)
         task = ner.NerTask(labels, window, config.overlap, config.attention == "bidirectional")
+        windows = training_windows(config, task, base, data, source)
         network = apply_strategy(base.network, config.strategy, seed=config.seed)
-        model = ner.build_model(network, len(task.tags), seed=config.seed)
-        windows = [
-            piece
-            for row in split.train
-            for piece in task.encode(
-                texts[row], base.tokenizer, note=int(row), spans=[span for span in gold[row] if span[2] in labels]
-            ).windows
-        ]
+        weights = ner.tag_weights(windows.tag_counts(), config.loss) if config.loss.name == "weighted" else None
+        model = ner.build_model(network, len(task.tags), seed=config.seed, loss=config.loss, weights=weights)
+        count = partial(count_matches, model, task, base.tokenizer)
+
+        if earlier is not None:
+            fresh = {name: value.clone() for name, value in model.head.state_dict().items()}
+            ner.load_head(model, earlier)
+            if source is not None:
+                run.record({"test.source_f1_strict_before": f1(count, source, source.split.test, config.seed)})
+            if config.head == "new":
+                model.head.load_state_dict(fresh)
         trainable, everything = trainable_count(model)
         say(f"{len(windows)} windows; {trainable:,} of {everything:,} parameters train ({config.strategy.name})")
+        validate = partial(development_score, count, data) if config.training.patience is not None else None
         outcome = train(
             model,
             windows,
@@ -86,36 +114,44 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             config=config.training,
             run=run,
             seed=config.seed,
-            lengths=[len(piece.input_ids) for piece in windows],
+            lengths=windows.lengths,
             tokenizer=base.tokenizer,
-            strategy=config.strategy.name,
+            strategy=config.strategy,
             head="head",
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,
             resume=resume,
+            validate=validate,
         )
 
-        held_out = split.test
-        predicted = ner.predict_spans(model, task, base.tokenizer, [texts[row] for row in held_out])
-        counts = np.stack(
-            [
-                ner.count_matches(gold[row], [span[:3] for span in spans], labels)
-                for row, spans in zip(held_out, predicted, strict=True)
-            ]
-        )
-        run.record(
-            ner.score(counts, labels, [patients[row] for row in held_out], part=split.reported_part, seed=config.seed)
-        )
+        held_out = data.split.test
+        patients = [data.patients[row] for row in held_out]
+        part = data.split.reported_part
+        run.record(ner.score(count(data, held_out), labels, patients, part=part, seed=config.seed))
+        if source is not None:
+            run.record({"test.source_f1_strict": f1(count, source, source.split.test, config.seed)})
+        if config.score_train:
+            run.record(
+                {"train.f1_strict": f1(count, data, sample_of_training(data, config.seed), config.seed, "train")}
+            )
+            if len(data.split.development):
+                part = "development" if part == "test" else "development drawn from train"
+                run.record({"dev.f1_strict": f1(count, data, data.split.development, config.seed, part)})
         if is_main_process():
-            ner.save(run.path, model, task, base, full=config.strategy.name == "full")
+            ner.save(run.path, model, task, base, full=config.strategy.moves_base)
         run.note(
-            inputs={"corpus": corpus.card.name, "n_notes": len(texts), "notes_sha256": digest(corpus)},
+            inputs={"corpus": data.corpus.card.name, "n_notes": len(data.texts), "notes_sha256": digest(data.corpus)},
             base_model=provenance(base.resolved, run.path),
             parent_run=None if base.resolved.parent_run is None else str(base.resolved.parent_run),
-            training=outcome | {"trainable_parameters": trainable, "parameters": everything},
+            training=outcome
+            | {"trainable_parameters": trainable, "parameters": everything, "windows": len(windows)}
+            | {"spans": windows.spans, "spans_without_word": windows.lost, "spans_under_longer": windows.covered},
             labels=list(labels),
-            split=split.describe(),
+            head="new" if earlier is None or config.head == "new" else "continued",
+            split=data.split.describe(),
         )
+        if source is not None:
+            run.note(replay={"corpus": source.corpus.card.name, "split": source.split.describe()})
     if is_main_process():
         from clinical_nlp.reporting.page import run_report
 
@@ -123,18 +159,227 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
     return run
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A corpus with its gold spans by note, and its split."""
+
+    corpus: Corpus
+    keys: list[tuple[str, str]]
+    texts: list[str]
+    patients: list[str]
+    gold: list[list[ner.Span]]
+    split: Split
+
+    def spans(self, rows: Sequence[int] | np.ndarray) -> Counter[str]:
+        """Count the gold spans of some notes by label."""
+        return Counter(label for row in rows for _, _, label in self.gold[row])
+
+
+def read(name: CorpusConfig, split: SplitConfig, seed: int) -> Labelled:
+    """Load a corpus that has gold spans and divide its patients."""
+    corpus = load_corpus(name.name, name.path, **name.options)
+    gold = gold_spans(corpus)
+    parts = split_patients(corpus.notes, split, seed=seed, parts=corpus.parts)
+    say(f"{corpus.card.name}: {parts.describe()}")
+    if not len(parts.train) or not len(parts.test):
+        empty = "reported" if len(parts.train) else "training"
+        raise TooFewPatientsError(
+            f"the {empty} part of corpus {corpus.card.name!r} is empty; give its split more patients, or another share"
+        )
+    texts, patients = corpus.notes["text"].to_pylist(), corpus.notes["patient_id"].to_pylist()
+    return Labelled(corpus, note_keys(corpus), texts, patients, gold, parts)
+
+
+def labels_to_learn(config: NerConfig, data: Labelled) -> tuple[str, ...]:
+    """Return the entity types asked for, which the training part must have; by default all of them."""
+    found = set(data.spans(data.split.train))
+    if not found:
+        raise InputError(f"the training part of corpus {data.corpus.card.name!r} has no gold span to learn from")
+    if absent := set(config.labels) - found:
+        raise ConfigError(f"labels: the training part has no span of {names(absent)}; it has {names(found)}")
+    return tuple(sorted(set(config.labels) or found))
+
+
+def read_source(replay: ReplayConfig, config: NerConfig, data: Labelled, labels: Sequence[str]) -> Labelled:
+    """Load the corpus to replay and divide it as the run that learned it did, by the same seed.
+
+    It must mark all the labels, or its notes would teach that the rest is nothing. Patients whom both corpora have
+    stay on one side: none is replayed who is held out of the new notes, none scores who is trained on there.
+    """
+    split = config.split if config.split.name in ("official", "random") else SplitConfig(name="official")
+    source = read(replay, split, config.seed)
+    found = set(source.spans(source.split.train))
+    if absent := set(labels) - found:
+        raise ConfigError(
+            f"replay {source.corpus.card.name!r} marks {names(found)} and the labels to learn are "
+            f"{names(labels)}; {f'leave {names(absent)} out of labels, or ' if set(labels) - absent else ''}replay "
+            "another corpus"
+        )
+    trained = {data.patients[row] for row in data.split.train}
+    held_out = {data.patients[row] for part in (data.split.development, data.split.test) for row in part}
+    train = np.array([row for row in source.split.train if source.patients[row] not in held_out], dtype=np.int64)
+    test = np.array([row for row in source.split.test if source.patients[row] not in trained], dtype=np.int64)
+    if not len(train) or not len(test):
+        raise ConfigError(
+            f"replay {source.corpus.card.name!r} has no patients of its own to replay or to score; name another corpus"
+        )
+    return replace(source, split=replace(source.split, train=train, test=test))
+
+
+def check_development(data: Labelled, labels: Sequence[str]) -> None:
+    """Refuse early stopping where there is nothing to stop by."""
+    rows = data.split.development
+    if not sum(data.spans(rows)[label] for label in labels):
+        reason = "that part has no gold span" if len(rows) else "this split has none"
+        raise ConfigError(
+            f"training.patience stops by the score on the development part, and {reason}; set a larger "
+            "split.development, or leave training.patience out"
+        )
+
+
+def fitting_head(config: NerConfig, resolved: ResolvedModel, labels: tuple[str, ...]) -> Path | None:
+    """Return the run whose tagging head fits the labels, or None; to continue with one that does not is an error."""
+    folder = resolved.parent_run
+    values = read_task(folder) if folder is not None and (folder / "task.json").is_file() else {}
+    if values.get("task") != "ner":
+        if config.head == "continue":
+            raise ConfigError(f"head continue: base_model {config.base_model!r} is no ner run; set head=new")
+        return None
+    attention = "bidirectional" if values["bidirectional"] else "causal"
+    if tuple(values["labels"]) == labels and attention == config.attention:
+        here = config.strategy.quantization
+        if values["quantization"] != here and config.head != "new":
+            say(f"the head was trained on a base with quantization {values['quantization']}; here: {here}")
+        return folder
+    if config.head == "new":
+        return None
+    if tuple(values["labels"]) != labels:
+        raise ConfigError(
+            f"the head of run {config.base_model} tags {names(values['labels'])} and the labels to learn are "
+            f"{names(labels)}; set head=new for a fresh one"
+        )
+    raise ConfigError(
+        f"the head of run {config.base_model} was trained with attention {attention}, not {config.attention}; set "
+        f"attention={attention}, or head=new for a fresh one"
+    )
+
+
+def fitting_window(config: NerConfig, base: BaseModel) -> int:
+    """Return the window, cut to the positions that the model has."""
+    limit = ner.most_tokens(base.network) or config.window
+    if limit < config.window:
+        say(f"window {config.window} is cut to {limit}, the positions that {config.base_model} has")
+        check_overlap(config.overlap, limit)
+    return min(config.window, limit)
+
+
+def check_overlap(overlap: int, window: int) -> None:
+    """Refuse windows that would mostly repeat each other."""
+    if overlap >= window // 2:
+        raise ConfigError(f"overlap {overlap} must be less than half of window {window}; set a smaller overlap")
+
+
+def training_windows(
+    config: NerConfig, task: ner.NerTask, base: BaseModel, data: Labelled, source: Labelled | None
+) -> ner.NoteWindows:
+    """Encode the training notes, and whole replayed patients drawn by the seed until their share is reached."""
+    windows = ner.NoteWindows(task, base.tokenizer, drop_sections=config.drop_sections, seed=config.seed)
+
+    def add(prefix: str, notes: Labelled, rows: Sequence[int] | np.ndarray) -> None:
+        for row in rows:
+            windows.add(repr((prefix, *notes.keys[row])), notes.texts[row], notes.gold[row])
+
+    add("corpus", data, data.split.train)
+    if windows.lost == windows.spans:
+        raise InputError(
+            f"none of the {windows.spans} gold spans of the training part lies on a word of its note; are the offsets "
+            "code points into this very text?"
+        )
+    if windows.lost or windows.covered:
+        say(
+            f"of {windows.spans} gold spans to learn, {windows.lost} lie on no word that the tokenizer sees and "
+            f"{windows.covered} overlap a longer one; both kinds are left out of training"
+        )
+    if source is not None and config.replay is not None and config.replay.ratio > 0:
+        own = windows.tokens
+        wanted = round(config.replay.ratio / (1 - config.replay.ratio) * own)
+        patients = sorted({source.patients[row] for row in source.split.train})
+        taken = 0
+        for index in np.random.default_rng(config.seed).permutation(len(patients)):
+            if windows.tokens - own >= wanted:
+                break
+            add("replay", source, [row for row in source.split.train if source.patients[row] == patients[index]])
+            taken += 1
+        share = 1 - own / windows.tokens
+        short = windows.tokens - own < wanted
+        say(
+            f"replay of {source.corpus.card.name}: {taken} patients, {100 * share:.1f} % of the training tokens"
+            + (f" (all there are; {100 * config.replay.ratio:g} % was asked for)" if short else "")
+        )
+    return windows
+
+
+Count = Callable[[Labelled, "Sequence[int] | np.ndarray"], np.ndarray]
+
+
+def count_matches(
+    model: Any, task: ner.NerTask, tokenizer: Any, data: Labelled, rows: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """Tag notes and count what is right; (n_rows, n_labels, 4) as `ner.count_matches`."""
+    predicted = ner.predict_spans(model, task, tokenizer, [data.texts[row] for row in rows])
+    return np.stack(
+        [
+            ner.count_matches(data.gold[row], [span[:3] for span in spans], task.labels)
+            for row, spans in zip(rows, predicted, strict=True)
+        ]
+    )
+
+
+def f1(count: Count, data: Labelled, rows: Sequence[int] | np.ndarray, seed: int, part: str | None = None) -> Estimate:
+    """Strict F1 on some notes of a corpus; without a name of the part, on its reported one."""
+    patients = [data.patients[row] for row in rows]
+    return ner.f1_strict(count(data, rows), patients, part=part or data.split.reported_part, seed=seed)
+
+
+def development_score(count: Count, data: Labelled) -> float:
+    """Strict F1 on the development part, for early stopping."""
+    return f1(count, data, data.split.development, seed=0).value
+
+
+def sample_of_training(data: Labelled, seed: int) -> np.ndarray:
+    """Return the notes of as many training patients as are reported on, drawn by the seed (all, if there are fewer)."""
+    patients = sorted({data.patients[row] for row in data.split.train})
+    size = min(len(patients), max(FEWEST_PATIENTS, data.split.patients[2]))
+    chosen = {patients[index] for index in np.random.default_rng(seed).permutation(len(patients))[:size]}
+    return np.array([row for row in data.split.train if data.patients[row] in chosen], dtype=np.int64)
+
+
+def names(labels: Iterable[str]) -> str:
+    """Return labels as a message lists them."""
+    return ", ".join(sorted(labels))
+
+
 def gold_spans(corpus: Corpus) -> list[list[ner.Span]]:
     """Return the gold spans of each note, in the order of the notes."""
     if corpus.spans is None or corpus.spans.num_rows == 0:
         raise InputError(f"corpus {corpus.card.name!r} has no gold spans to learn from")
-    place: dict[tuple[Any, Any], int] = {}
-    keys = zip(corpus.notes["institution"].to_pylist(), corpus.notes["note_id"].to_pylist(), strict=True)
-    for index, key in enumerate(keys):
-        place[key] = index
-    spans: list[list[ner.Span]] = [[] for _ in place]
+    place = {key: index for index, key in enumerate(note_keys(corpus))}
+    spans: list[list[ner.Span]] = [[] for _ in range(corpus.notes.num_rows)]
+    strays = 0
     for row in corpus.spans.select(["institution", "note_id", "start", "end", "label"]).to_pylist():
-        spans[place[row["institution"], row["note_id"]]].append((row["start"], row["end"], row["label"]))
+        index = place.get((row["institution"], row["note_id"]))
+        if index is None:
+            strays += 1
+        else:
+            spans[index].append((row["start"], row["end"], row["label"]))
+    if strays:
+        raise InputError(f"{strays} gold spans of corpus {corpus.card.name!r} belong to notes that it does not have")
     return spans
+
+
+def note_keys(corpus: Corpus) -> list[tuple[str, str]]:
+    """Return (institution, note_id) of each note."""
+    return list(zip(corpus.notes["institution"].to_pylist(), corpus.notes["note_id"].to_pylist(), strict=True))
 
 
 def digest(corpus: Corpus) -> str:

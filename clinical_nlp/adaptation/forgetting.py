@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from clinical_nlp.adaptation.strategies import StrategyConfig
-from clinical_nlp.config import CorpusConfig, NamedConfig
+from clinical_nlp.config import CorpusConfig, NamedConfig, SplitConfig
 from clinical_nlp.errors import ConfigError, ModelError
+from clinical_nlp.notes.corpus import load_corpus
+from clinical_nlp.notes.splitting import split_patients
+from clinical_nlp.progress import say
+from clinical_nlp.tasks.pretraining import LanguageTask
 
 
 class ForgettingConfig(NamedConfig):
@@ -96,14 +101,56 @@ def diagonal_fisher(
                 fisher[name] += weight * value.grad.float().square()
     model.zero_grad(set_to_none=True)
     model.train(training)
-    mean = sum(float(value.sum()) for value in fisher.values()) / max(1, sum(value.numel() for value in fisher.values()))
+    mean = sum(float(value.sum()) for value in fisher.values()) / max(
+        1, sum(value.numel() for value in fisher.values())
+    )
     if mean == 0:
         raise ModelError("no source note has two tokens, so there is no Fisher information; check forgetting.corpus")
     return {name: value / mean for name, value in fisher.items()}
 
 
+def source_fisher(network: Any, task: LanguageTask, tokenizer: Any, config: ForgettingConfig, *, seed: int) -> Any:
+    """Return the Fisher information of a language model on source notes of training patients, who weigh the same each.
+
+    Parameters
+    ----------
+    network : causal or masked language model whose weights require gradients.
+    task : how it reads notes.
+    config : names the corpus and how many notes; whole patients are drawn until there are that many.
+
+    Returns
+    -------
+    As `diagonal_fisher`.
+    """
+    assert config.corpus is not None
+    corpus = load_corpus(config.corpus.name, config.corpus.path, **config.corpus.options)
+    train = split_patients(corpus.notes, SplitConfig(), seed=seed, parts=corpus.parts).train
+    patients = corpus.notes["patient_id"].to_pylist()
+    of_patient: dict[str, list[int]] = {}
+    for row in train:
+        of_patient.setdefault(patients[row], []).append(int(row))
+    names = sorted(of_patient)
+    chosen: dict[str, list[int]] = {}
+    for index in np.random.default_rng(seed).permutation(len(names)):
+        if sum(map(len, chosen.values())) >= config.notes:
+            break
+        chosen[names[index]] = of_patient[names[index]]
+    say(f"Fisher information on {sum(map(len, chosen.values()))} notes of {len(chosen)} patients of {corpus.card.name}")
+
+    def batches() -> Iterator[tuple[dict[str, Any], float]]:
+        for patient, rows in chosen.items():
+            for row in rows:
+                tokens = task.encode([corpus.notes["text"][row].as_py()], tokenizer)
+                table = task.arrange(tokens, [patient], [""])
+                if len(table):
+                    examples = task.examples([table], seed=seed)
+                    yield task.collate([examples[index] for index in range(len(table))]), 1 / len(rows)
+
+    return diagonal_fisher(network, batches(), shifted=task.shift or not task.masked, seed=seed)
+
+
 def distance_penalty(
-    model: Any, strength: float, *, weights: dict[str, Any] | None = None, head: str | None = None
+    model: Any, strength: float, *, weights: dict[str, Any] | None = None, free: Collection[str] = ()
 ) -> Callable[[Any, dict[str, Any]], Any]:
     """Return the loss term strength / 2 * sum_i w_i (theta_i - theta0_i)^2, with theta0 the weights as they now are.
 
@@ -112,16 +159,14 @@ def distance_penalty(
     model : what will train. The copy costs as much memory as the weights.
     weights : w by parameter name, for EWC (Kirkpatrick et al. 2017); one for all without it: L2-SP (Li et al. 2018).
         Parameters that it does not name are free.
-    head : attribute of the model whose parameters are free.
+    free : names of further parameters that are: a head that starts from nothing.
     """
     import torch
 
     start = {
         name: value.detach().clone()
         for name, value in model.named_parameters()
-        if value.requires_grad
-        and not (head is not None and name.startswith(f"{head}."))
-        and (weights is None or name in weights)
+        if value.requires_grad and name not in free and (weights is None or name in weights)
     }
     # Taken once: a model that is wrapped for several processes names its parameters differently, but shares them.
     parameters = {name: value for name, value in model.named_parameters() if name in start}

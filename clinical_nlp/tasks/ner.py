@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from clinical_nlp.errors import ModelError
+from clinical_nlp.config import NamedConfig
+from clinical_nlp.errors import ConfigError, ModelError
+from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
 from clinical_nlp.runs import Estimate, Run, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
+from clinical_nlp.tasks.augmentation import drop_sections
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +27,21 @@ Span = tuple[int, int, str]
 """(start, end, label) into the unchanged note text."""
 Prediction = tuple[int, int, str, float]
 """(start, end, label, score); the score is the mean probability of the span's tags."""
+
+
+class LossConfig(NamedConfig):
+    """What a wrongly tagged word costs."""
+
+    name: Literal["cross_entropy", "weighted", "focal"] = "cross_entropy"
+    """cross_entropy: every word alike. weighted: more for words of rare tags. focal: more for words that the model
+    finds hard."""
+    power: float = Field(default=0.5, ge=0, le=1)
+    """weighted: a tag weighs (words of the commonest tag / its own words) to this power."""
+    bound: float = Field(default=10.0, ge=1)
+    """weighted: no tag weighs more than this many times the commonest one."""
+    gamma: float = Field(default=2.0, ge=0)
+    """focal: a word counts (1 - probability of its tag) to this power."""
+
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]+|_+")
 
@@ -39,10 +58,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One note: character spans of its words, and its windows. Every word is decided in exactly one window."""
+    """One note: character spans of its words, and its windows. Every word is decided in exactly one window.
+
+    Of its gold spans, `lost` have no word (empty, blank, outside the text, or on characters that the tokenizer drops)
+    and `covered` touch a word of a longer one; neither kind is among the labels.
+    """
 
     word_spans: list[tuple[int, int]]
     windows: list[Window]
+    lost: int = 0
+    covered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +90,34 @@ class NerTask:
     def encode(self, text: str, tokenizer: Any, *, note: int = 0, spans: Iterable[Span] | None = None) -> Encoded:
         """Cut one note into windows; with gold `spans`, tokens carry tag indices (else -100).
 
-        Where gold spans overlap, the longest is kept. A span that ends inside a word takes the whole word.
+        Where gold spans overlap, the longest is kept. A span that ends inside a word takes the whole word. A note
+        without a token has no window.
+
+        Raises
+        ------
+        ConfigError : the window has no room for the special tokens, the overlap and two tokens more.
+        ModelError : the tokenizer reports no usable offsets.
         """
+        before, after = special_tokens(tokenizer)
+        body = self.window - len(before) - len(after)
+        if body < max(2, self.overlap + 1):
+            raise ConfigError(
+                f"a window of {self.window} tokens leaves {max(0, body)} beside the special ones, too few for an "
+                f"overlap of {self.overlap}; set a larger window or a smaller overlap"
+            )
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         check_offsets(tokenizer, text, offsets, ids)
         word_spans, first_token = _words(text, offsets)
-        tags = _tags(word_spans, spans, self.labels) if spans is not None else None
+        tags, lost, covered = None, 0, 0
+        if spans is not None:
+            tags, lost, covered = _tags(word_spans, spans, self.labels, len(text))
         word_of = [-1] * len(ids)
         for word, token in enumerate(first_token):
             word_of[token] = word
-        before, after = special_tokens(tokenizer)
-        body = self.window - len(before) - len(after)
-        step = max(1, body - self.overlap)
+        step = body - self.overlap
         windows = []
-        for begin in range(0, max(1, len(ids) - self.overlap), step):
+        for begin in range(0, max(1, len(ids) - self.overlap) if ids else 0, step):
             end = min(begin + body, len(ids))
             # A word is decided where it has the most context: each window owns its middle, the outer ones their rim.
             low = 0 if begin == 0 else begin + self.overlap // 2
@@ -96,7 +134,7 @@ class NerTask:
             )
             if end == len(ids):
                 break
-        return Encoded(word_spans, windows)
+        return Encoded(word_spans, windows, lost, covered)
 
     def decode(self, encoded: Encoded, log_probs: np.ndarray) -> list[Prediction]:
         """Turn per-word tag log-probabilities (n_words, n_tags) into spans, by the best tag path without a stray I-."""
@@ -114,6 +152,23 @@ class NerTask:
             if tag % 2 == 1:
                 begin = word
         return found
+
+
+def most_tokens(network: Any) -> int | None:
+    """Return how many tokens a backbone has positions for, or None where nothing limits them.
+
+    RoBERTa and its kin count positions from behind the padding index, so two of their 514 are never used.
+    """
+    import torch
+
+    limit = getattr(network.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in network.named_modules():
+        padded = isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+        if padded and name.endswith("position_embeddings") and module.num_embeddings == limit:
+            return limit - module.padding_idx - 1
+    return limit
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -142,18 +197,128 @@ def _words(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[tuple[in
     return spans, first
 
 
-def _tags(word_spans: Sequence[tuple[int, int]], spans: Iterable[Span], labels: Sequence[str]) -> list[int]:
+def _tags(
+    word_spans: Sequence[tuple[int, int]], spans: Iterable[Span], labels: Sequence[str], length: int
+) -> tuple[list[int], int, int]:
+    """Return the tag of each word, how many spans have no word, and how many touch a word of a longer span."""
     tags = [0] * len(word_spans)
+    lost = covered = 0
     starts = np.array([start for start, _ in word_spans], dtype=np.int64)
     ends = np.array([end for _, end in word_spans], dtype=np.int64)
     for start, end, label in sorted(spans, key=lambda span: (span[0] - span[1], span[0], span[2])):
         inside = np.flatnonzero((starts < end) & (ends > start))
-        if len(inside) == 0 or any(tags[word] for word in inside):
+        if not 0 <= start < end <= length or len(inside) == 0:
+            lost += 1
+            continue
+        if any(tags[word] for word in inside):
+            covered += 1
             continue
         kind = labels.index(label)
         for position, word in enumerate(inside):
             tags[word] = 1 + 2 * kind + (position > 0)
-    return tags
+    return tags, lost, covered
+
+
+class NoteWindows:
+    """Training examples: the windows of notes, which are added one by one.
+
+    With `drop_sections`, each epoch has its own shortened notes (see `augmentation.drop_sections`), encoded again when
+    they are asked for. There are as many examples as windows of the whole notes, and `lengths` are those of the whole
+    notes, so that the order of an epoch does not depend on what was dropped; an example for which the shortened note
+    has no window is one token without a label.
+
+    `tokens` counts those of the whole notes, `spans`, `lost` and `covered` their gold spans (for the last two see
+    `Encoded`).
+    """
+
+    def __init__(self, task: NerTask, tokenizer: Any, *, drop_sections: float = 0.0, seed: int = 0) -> None:
+        self.tokens = self.spans = self.lost = self.covered = 0
+        self._task, self._tokenizer = task, tokenizer
+        self._probability, self._seed, self._epoch = drop_sections, seed, 0
+        self._notes: list[tuple[str, str, list[Span]]] = []
+        self._whole: list[list[Window]] = []
+        self._place: list[tuple[int, int]] = []
+        self._shortened: dict[int, list[Window]] = {}
+
+    def add(self, note_id: str, text: str, spans: Iterable[Span]) -> None:
+        """Add a note with its gold spans of the task's labels (others are left out).
+
+        `note_id` must be the note's alone: the sections to drop are drawn from it.
+        """
+        gold = [span for span in spans if span[2] in self._task.labels]
+        encoded = self._task.encode(text, self._tokenizer, note=len(self._notes), spans=gold)
+        self.tokens += sum(len(window.input_ids) for window in encoded.windows)
+        self.spans += len(gold)
+        self.lost += encoded.lost
+        self.covered += encoded.covered
+        self._place += [(len(self._notes), index) for index in range(len(encoded.windows))]
+        self._notes.append((note_id, text, gold))
+        self._whole.append(encoded.windows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example, of the whole notes."""
+        return [len(self._whole[note][index].input_ids) for note, index in self._place]
+
+    def tag_counts(self) -> np.ndarray:
+        """Return how many words of the whole notes have each tag, (n_tags,) int64."""
+        labels = [label for note in self._whole for window in note for label in window.labels if label >= 0]
+        return np.bincount(np.array(labels, dtype=np.int64), minlength=len(self._task.tags))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose notes are read next."""
+        self._epoch = epoch
+        self._shortened.clear()
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __getitem__(self, example: int) -> Window:
+        note, index = self._place[example]
+        windows = self._whole[note]
+        if self._probability > 0:
+            if note not in self._shortened:
+                self._shortened[note] = self._shorten(note)
+            # What is left may be cut into tokens otherwise; should it ever take more windows, the note is read whole.
+            if len(self._shortened[note]) <= len(windows):
+                windows = self._shortened[note]
+        if index < len(windows):
+            return windows[index]
+        return Window(note, self._whole[note][index].input_ids[:1], [-1], [-100])
+
+    def _shorten(self, note: int) -> list[Window]:
+        note_id, text, spans = self._notes[note]
+        draw: dict[str, Any] = {"seed": self._seed, "epoch": self._epoch, "note_id": note_id}
+        text, spans = drop_sections(text, spans, probability=self._probability, **draw)
+        return self._task.encode(text, self._tokenizer, note=note, spans=spans).windows
+
+
+def tag_weights(counts: np.ndarray, loss: LossConfig) -> np.ndarray:
+    """Weights of the tags for the loss `weighted`.
+
+    A tag with n of the training words weighs r = min(bound, (n_max / n) ** power), where n_max are the words of the
+    commonest tag (O, in general), divided by the mean of r over the training words: the mean weight of a word is 1,
+    so that the loss, its gradient and the learning rate keep their size.
+
+    Parameters
+    ----------
+    counts : (n_tags,) words with each tag in the training part, before any section is dropped.
+    loss : its `power` and `bound`. Power 0 is plain cross-entropy, 1 the inverse frequency.
+
+    Returns
+    -------
+    (n_tags,) float64, all positive; the largest is at most `bound` times the smallest. A tag that no word has gets
+    the largest, and nothing is ever weighed by it.
+
+    References
+    ----------
+    Mahajan et al. 2018, Exploring the Limits of Weakly Supervised Pretraining, section 2.2 (square root of the
+    inverse frequency).
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        ratio = np.minimum(loss.bound, (counts.max() / counts) ** loss.power)
+    return np.asarray(ratio * counts.sum() / (ratio * counts).sum())
 
 
 def best_path(log_probs: np.ndarray) -> np.ndarray:
@@ -178,20 +343,49 @@ def best_path(log_probs: np.ndarray) -> np.ndarray:
     return path
 
 
-def build_model(network: Any, tags: int, *, seed: int) -> Any:
-    """Put a linear tagging head on a backbone; the head is float32, never quantised and always trains."""
+def build_model(
+    network: Any, tags: int, *, seed: int, loss: LossConfig | None = None, weights: np.ndarray | None = None
+) -> Any:
+    """Put a linear tagging head on a backbone; the head is float32, never quantised and always trains.
+
+    Parameters
+    ----------
+    network : backbone that returns hidden states.
+    tags : outputs of the head.
+    seed : of the head's first weights.
+    loss : what a wrongly tagged word costs; default cross-entropy.
+    weights : (tags,) for the loss `weighted`, see `tag_weights`.
+
+    Notes
+    -----
+    Every loss is a sum over words divided by the number of labelled words of the whole optimiser step, which the
+    trainer gives as `num_items_in_batch`. The weighted loss too is divided by the number of words and not by the sum
+    of their weights: a step of eight small batches then equals one large batch exactly. Its weights have mean 1 over
+    the training words, so on average the two denominators are the same.
+
+    References
+    ----------
+    Lin et al. 2017, Focal Loss for Dense Object Detection, eq. 4.
+    """
     import torch
 
     config: Any = network.config
+    chosen = loss or LossConfig()
+    if (chosen.name == "weighted") != (weights is not None):
+        raise ConfigError(f"loss {chosen.name!r} {'needs' if weights is None else 'takes no'} weights by tag")
     torch.manual_seed(seed)
 
     class Tagger(torch.nn.Module):
+        tag_weights: torch.Tensor | None
+
         def __init__(self) -> None:
             super().__init__()
             self.network = network
             self.head = torch.nn.Linear(config.hidden_size, tags)
             torch.nn.init.normal_(self.head.weight, std=0.02)
             torch.nn.init.zeros_(self.head.bias)
+            by_tag = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+            self.register_buffer("tag_weights", by_tag, persistent=False)
 
         def forward(
             self,
@@ -205,10 +399,17 @@ def build_model(network: Any, tags: int, *, seed: int) -> Any:
             logits = self.head(hidden.float())
             if labels is None:
                 return {"logits": logits}
-            total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            # Divided by the labelled words of the whole optimiser step, so that accumulation equals one large batch.
+            total = self.cost(logits.flatten(0, 1), labels.flatten())
             words = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
             return {"loss": total / torch.as_tensor(words, device=total.device).clamp(min=1), "logits": logits}
+
+        def cost(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            cross_entropy = torch.nn.functional.cross_entropy
+            if chosen.name != "focal":
+                return cross_entropy(logits, labels, weight=self.tag_weights, reduction="sum")
+            each = cross_entropy(logits, labels, reduction="none")
+            # Kept off 0, where a power below 1 has no gradient.
+            return ((1 - torch.exp(-each)).clamp(min=1e-6) ** chosen.gamma * each).sum()
 
         def gradient_checkpointing_enable(self, **options: Any) -> None:
             self.network.gradient_checkpointing_enable(**options)
@@ -246,6 +447,7 @@ def predict_spans(
     windows = sorted((window for note in encoded for window in note.windows), key=lambda window: len(window.input_ids))
     scores = [np.zeros((len(note.word_spans), len(task.tags)), dtype=np.float32) for note in encoded]
     device = next(model.parameters()).device
+    was_training = model.training
     model.eval()
     begin = 0
     with torch.inference_mode():
@@ -262,25 +464,31 @@ def predict_spans(
                     if word >= 0:
                         scores[window.note][word] = log_probs[row, position]
             begin = end
+    model.train(was_training)
     return [task.decode(note, score) for note, score in zip(encoded, scores, strict=True)]
 
 
 def count_matches(gold: Sequence[Span], predicted: Sequence[Span], labels: Sequence[str]) -> np.ndarray:
-    """Counts of one note, by label: strict true positives, predicted, gold, predicted that overlap, gold that overlap.
+    """Counts of one note, by label: strict true positives, predicted, gold, lenient true positives.
 
-    Strict: same start, end and label. Overlap: at least one character in common and the same label.
+    Strict: same start, end and label. Lenient: same label and at least one character in common, each gold span found
+    at most once; in the order of the text, a predicted span takes the gold span that is still free and whose edges are
+    nearest. This is `ent_type` of SemEval 2013 task 9, a label at a time. Spans are a set: one that is given twice
+    counts once.
 
     Returns
     -------
-    (len(labels), 5) int64.
+    (len(labels), 4) int64.
     """
-    counts = np.zeros((len(labels), 5), dtype=np.int64)
+    counts = np.zeros((len(labels), 4), dtype=np.int64)
     for index, label in enumerate(labels):
-        want = {(start, end) for start, end, name in gold if name == label}
-        have = {(start, end) for start, end, name in predicted if name == label}
-        touched = sum(any(a < d and c < b for c, d in want) for a, b in have)
-        reached = sum(any(a < d and c < b for c, d in have) for a, b in want)
-        counts[index] = (len(want & have), len(have), len(want), touched, reached)
+        want = sorted({(start, end) for start, end, name in gold if name == label})
+        have = sorted({(start, end) for start, end, name in predicted if name == label})
+        free = list(want)
+        for a, b in have:
+            if near := [span for span in free if a < span[1] and span[0] < b]:
+                free.remove(min(near, key=lambda span: abs(a - span[0]) + abs(b - span[1])))
+        counts[index] = (len({*want} & {*have}), len(have), len(want), len(want) - len(free))
     return counts
 
 
@@ -289,36 +497,38 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.where(whole > 0, part / whole, np.nan)
 
 
-def _f1(counts: np.ndarray) -> np.ndarray:
-    return _ratio(2 * counts[..., 0], counts[..., 1] + counts[..., 2])
+_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "f1_strict": lambda c: _ratio(2 * c[..., 0], c[..., 1] + c[..., 2]),
+    "precision_strict": lambda c: _ratio(c[..., 0], c[..., 1]),
+    "recall_strict": lambda c: _ratio(c[..., 0], c[..., 2]),
+    "f1_lenient": lambda c: _ratio(2 * c[..., 3], c[..., 1] + c[..., 2]),
+}
 
 
 def score(
     counts: np.ndarray, labels: Sequence[str], patients: Sequence[str], *, part: str, seed: int
 ) -> dict[str, Estimate]:
-    """Micro scores over labels and per label, each with its patient-bootstrap interval.
+    """Micro scores over labels, and strict and lenient F1 per label, each with its patient-bootstrap interval.
 
     Parameters
     ----------
-    counts : (n_notes, n_labels, 5) from `count_matches`.
+    counts : (n_notes, n_labels, 4) from `count_matches`.
     patients : n_notes patient ids.
     """
     common: dict[str, Any] = {"n_notes": len(patients), "part": part, "seed": seed}
-
-    def lenient(c: np.ndarray) -> np.ndarray:
-        precision, recall = _ratio(c[..., 3], c[..., 1]), _ratio(c[..., 4], c[..., 2])
-        return _ratio(2 * precision * recall, precision + recall)
-
     total = by_patient(patients, counts.sum(1))
-    found = {
-        "test.f1_strict": patient_bootstrap(total, _f1, **common),
-        "test.precision_strict": patient_bootstrap(total, lambda c: _ratio(c[..., 0], c[..., 1]), **common),
-        "test.recall_strict": patient_bootstrap(total, lambda c: _ratio(c[..., 0], c[..., 2]), **common),
-        "test.f1_lenient": patient_bootstrap(total, lenient, **common),
-    }
+    found = {f"test.{name}": patient_bootstrap(total, formula, **common) for name, formula in _SCORES.items()}
     for index, label in enumerate(labels if len(labels) > 1 else []):
-        found[f"test.f1_strict.{label}"] = patient_bootstrap(by_patient(patients, counts[:, index]), _f1, **common)
+        rows = by_patient(patients, counts[:, index])
+        for name in ("f1_strict", "f1_lenient"):
+            found[f"test.{name}.{label}"] = patient_bootstrap(rows, _SCORES[name], **common)
     return found
+
+
+def f1_strict(counts: np.ndarray, patients: Sequence[str], *, part: str, seed: int) -> Estimate:
+    """Micro strict F1 alone; parameters as `score`."""
+    summed = by_patient(patients, counts.sum(1))
+    return patient_bootstrap(summed, _SCORES["f1_strict"], n_notes=len(patients), part=part, seed=seed)
 
 
 class NerPredictor:
@@ -339,7 +549,7 @@ class NerPredictor:
         task = NerTask(tuple(values["labels"]), values["window"], values["overlap"], values["bidirectional"])
         base = load_base(str(folder), quantization=values["quantization"], bidirectional=task.bidirectional)
         model = build_model(base.network, len(task.tags), seed=0)
-        _load_head(model, folder)
+        load_head(model, folder)
         return cls(model, task, base.tokenizer)
 
     def predict(self, texts: Sequence[str]) -> list[list[Prediction]]:
@@ -349,23 +559,21 @@ class NerPredictor:
 
 def save(folder: Path, model: Any, task: NerTask, base: BaseModel, *, full: bool) -> None:
     """Write what was trained: `head.safetensors`, `task.json`, and the adapter or (full) the whole backbone."""
-    from peft import PeftModel
     from safetensors.torch import save_file
-
-    from clinical_nlp.models.adapters import ADAPTER, save_adapter
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
     save_file(state, folder / "head.safetensors")
     if full:
         model.network.save_pretrained(folder / "model")
         base.tokenizer.save_pretrained(folder / "model")
-    elif isinstance(model.network, PeftModel) and ADAPTER in model.network.peft_config:
+    elif has_adapter(model.network):
         save_adapter(model.network, folder / "adapter", name=ADAPTER, prefix=backbone_prefix(model.network))
     values = {"task": "ner", "labels": list(task.labels), "window": task.window, "overlap": task.overlap}
     write_json(folder / "task.json", values | {"bidirectional": task.bidirectional, "quantization": base.quantization})
 
 
-def _load_head(model: Any, folder: Path) -> None:
+def load_head(model: Any, folder: Path) -> None:
+    """Put the saved head of a run into a model of the same tags."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

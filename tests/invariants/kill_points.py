@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tiny_training import fit
+from tiny_training import fit, tagging
 
 
 def train_in_fork(model: str, run: Path, result: Path, *, resume: bool) -> int:
@@ -34,26 +34,39 @@ def train_in_fork(model: str, run: Path, result: Path, *, resume: bool) -> int:
         os._exit(status)
 
 
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a process has used; unlike wall time, other work does not stretch it."""
+    fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
-    """Print one line a point: the share of the time after which it was killed, and whether the weights are the same."""
+    """Print one line a point: the share of the work after which it was killed, and whether the weights are the same."""
     model, folder, points, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    began = time.monotonic()
-    os.waitpid(train_in_fork(model, folder / "whole", folder / "whole.safetensors", resume=False), 0)
-    duration = time.monotonic() - began
+    tagging(model)  # imports what a training needs, once for all forks
+    from transformers import Trainer
+
+    assert Trainer
+    child = train_in_fork(model, folder / "whole", folder / "whole.safetensors", resume=False)
+    usage = os.wait4(child, 0)[2]
+    whole = usage.ru_utime + usage.ru_stime
     wanted = (folder / "whole.safetensors").read_bytes()
     rng = random.Random(seed)
     for point in range(points):
         run, result = folder / f"run{point}", folder / f"{point}.safetensors"
-        delay = duration * rng.uniform(0.1, 1.0)
+        share = rng.uniform(0.1, 1.0)
         child = train_in_fork(model, run, result, resume=False)
-        time.sleep(delay)
+        while processor_seconds(child) < share * whole and not os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         steps = sorted(int(path.name.partition("-")[2]) for path in (run / "checkpoints").glob("checkpoint-*"))
         if not result.is_file():
             os.waitpid(train_in_fork(model, run, result, resume=(run / "config.yaml").is_file()), 0)
         same = result.is_file() and result.read_bytes() == wanted
-        print(f"{delay / duration:.2f} {steps[-1] if steps else 0} {'same' if same else 'different'}", flush=True)
+        print(f"{share:.2f} {steps[-1] if steps else 0} {'same' if same else 'different'}", flush=True)
         shutil.rmtree(run, ignore_errors=True)
 
 
