@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clinical_nlp.eval._finished import Subject, some_patients
+from clinical_nlp.eval._finished import Subject, some_patients, task_of
 from clinical_nlp.models.loading import BaseModel, load_base, read_task
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks import ner
@@ -100,7 +100,7 @@ def _known(subject: Subject, row: int) -> list[ner.Span]:
 
 def _source_head(base: BaseModel, name: str) -> Any:
     """Return the task head of a candidate that is an ner run."""
-    if not (Path(name) / "manifest.json").is_file() or Run.load(name).manifest.get("recipe") != "ner":
+    if not (Path(name) / "manifest.json").is_file() or task_of(Run.load(name)) != "ner":
         return None
     tags = 1 + 2 * len(read_task(Path(name))["labels"])
     model = ner.build_model(base.network, tags, seed=0)

@@ -140,9 +140,14 @@ def ancestor(name: str, recipe: str) -> Run | None:
     return None
 
 
+def task_of(finished: Run) -> str | None:
+    """Return what a run was trained to do (pretraining, ner, ...), or None where it was for nothing in particular."""
+    return read_task(finished.path).get("task") if (finished.path / "task.json").is_file() else None
+
+
 def without_dapt(name: str) -> str:
-    """Return what lies below the dapt runs at the top of a chain."""
-    while (Path(name) / "manifest.json").is_file() and Run.load(name).manifest.get("recipe") == "dapt":
+    """Return what lies below the dapt runs (merged or not) at the top of a chain."""
+    while (Path(name) / "manifest.json").is_file() and task_of(Run.load(name)) == "pretraining":
         name = base_of(Run.load(name))
     return name
 
@@ -237,12 +242,11 @@ def _with_head(name: str) -> str:
     current, lacks = name, False
     while (Path(current) / "manifest.json").is_file():
         found = Run.load(current)
-        if found.manifest.get("recipe") == "dapt":
-            if lacks:
-                return current
-            if (found.path / "model").is_dir():
-                return name
-        elif (found.path / "model").is_dir():
+        whole = (found.path / "model").is_dir()
+        if task_of(found) in ("pretraining", None):
+            if lacks or whole:
+                break
+        elif whole:
             lacks = True
         current = base_of(found)
     return current if lacks else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -173,7 +174,9 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
         if is_main_process():
             save(run.path, network, base, task, moves_base=config.strategy.moves_base)
         run.note(
-            inputs=material.inputs,
+            inputs=material.inputs
+            | ({"measured": PSEUDO_PERPLEXITY} if task.masked else {})
+            | ({} if source is None else {f"replay_{name}": value for name, value in source.inputs.items()}),
             base_model=provenance(base.resolved, run.path),
             parent_run=None if base.resolved.parent_run is None else str(base.resolved.parent_run),
             training=outcome | {"trainable_parameters": trainable, "parameters": everything, "rows": len(lengths)},
@@ -181,7 +184,6 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
             language_model_head=base.head,
             batching=task.batching,
             split=material.split,
-            **({} if source is None else {"replay": source.inputs}),
         )
         if config.stream and is_main_process():
             shutil.rmtree(run.path / STREAM)
@@ -192,6 +194,10 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
     return run
 
 
+PSEUDO_PERPLEXITY = (
+    f"pseudo-perplexity: each token is predicted once, while it and a further share of its note, one in "
+    f"{pretraining.MASKED_SETS} tokens together, are masked; not to be compared with perplexity"
+)
 STREAM = "stream"
 """Folder of the run that holds the tokens of streamed notes until the run is finished."""
 
@@ -373,11 +379,12 @@ def with_head(task: LanguageTask, network: Any, base: BaseModel) -> tuple[Any, s
     state = head_state(network)
     for parameter in state.values():
         parameter.requires_grad_(True)
-    trained = {id(parameter) for parameter in state.values()}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
-    below = [name.split(".")[:-1] for name in names]
-    common = [level[0] for level in zip(*below, strict=False) if len(set(level)) == 1]
-    return model, ".".join(common) if len(set(map(tuple, below))) else None
+    ours = {id(parameter) for parameter in state.values()}
+    named = {name: id(parameter) in ours for name, parameter in model.named_parameters()}
+    path = os.path.commonprefix([name.split(".") for name, own in named.items() if own])
+    # Where the head is not one module, or is one that holds the backbone too, it learns at the rate of the base.
+    whole = all(own for name, own in named.items() if name.split(".")[: len(path)] == path)
+    return model, ".".join(path) if whole else None
 
 
 def save(folder: Path, network: Any, base: BaseModel, task: LanguageTask, *, moves_base: bool) -> None:

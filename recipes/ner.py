@@ -12,18 +12,19 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from clinical_nlp.adaptation.forgetting import ForgettingConfig, check_forgetting, distance_penalty, source_fisher
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import CorpusConfig, RecipeConfig, SplitConfig
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
-from clinical_nlp.models.loading import BaseModel, load_base, read_task
+from clinical_nlp.models.loading import BaseModel, backbone_prefix, load_base, read_task
 from clinical_nlp.models.resolve import ResolvedModel, provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.runs import Estimate, Run
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
-from clinical_nlp.tasks import ner
-from clinical_nlp.training.trainer import TrainingConfig, train
+from clinical_nlp.tasks import ner, pretraining
+from clinical_nlp.training.trainer import LossTerm, TrainingConfig, train
 
 
 class ReplayConfig(CorpusConfig):
@@ -58,6 +59,8 @@ class NerConfig(RecipeConfig):
     replay: ReplayConfig | None = None
     """Corpus that shall not be forgotten: replay.name, replay.path, replay.options, replay.ratio. It must mark every
     entity type that is learned."""
+    forgetting: ForgettingConfig = ForgettingConfig()
+    """What holds the weights near where they were: none, l2_sp or ewc (how the base reads source notes)."""
     training: TrainingConfig = TrainingConfig(epochs=6)
     """How the weights are moved."""
     score_train: bool = False
@@ -70,6 +73,7 @@ CONFIG = NerConfig
 def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
     """Train, score on held-out patients, and write the run."""
     check_overlap(config.overlap, config.window)
+    check_forgetting(config.forgetting, config.strategy)
     with Run.open(output, config, recipe="ner", resume=resume) as run:
         resolved = resolve_model(config.base_model)  # a wrong name is told before the notes are read
         data = read(config.corpus, config.split, config.seed)
@@ -96,6 +100,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
         weights = ner.tag_weights(windows.tag_counts(), config.loss) if config.loss.name == "weighted" else None
         model = ner.build_model(network, len(task.tags), seed=config.seed, loss=config.loss, weights=weights)
         count = partial(count_matches, model, task, base.tokenizer)
+        terms = [penalty(config, network)] if config.forgetting.name != "none" else []
 
         if earlier is not None:
             fresh = {name: value.clone() for name, value in model.head.state_dict().items()}
@@ -121,6 +126,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,
             resume=resume,
+            terms=terms,
             validate=validate,
         )
 
@@ -262,6 +268,29 @@ def fitting_head(config: NerConfig, resolved: ResolvedModel, labels: tuple[str, 
         f"the head of run {config.base_model} was trained with attention {attention}, not {config.attention}; set "
         f"attention={attention}, or head=new for a fresh one"
     )
+
+
+def penalty(config: NerConfig, network: Any) -> LossTerm:
+    """Return the loss term that holds the backbone near where it is now.
+
+    What it must not forget under ewc is how it reads source notes, so the Fisher information is that of the same
+    weights as a language model.
+    """
+    settings = config.forgetting
+    if settings.name != "ewc":
+        return distance_penalty(network, settings.strength)
+    base = load_base(config.base_model, kind="language")
+    if base.head == "fresh":
+        raise ConfigError(
+            f"forgetting 'ewc' asks how the base reads source notes, and base_model {config.base_model!r} has no "
+            "language-model head to read with; use l2_sp"
+        )
+    reader = apply_strategy(base.network, config.strategy, seed=config.seed)
+    task = pretraining.language_task(base, config.window, batching="bucketed")
+    found = source_fisher(reader, task, base.tokenizer, settings, seed=config.seed)
+    prefix = backbone_prefix(reader)
+    weights = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    return distance_penalty(network, settings.strength, weights=weights)
 
 
 def fitting_window(config: NerConfig, base: BaseModel) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from clinical_nlp.config import load_config
 from clinical_nlp.errors import ConfigError, InputError, MissingDataError, ModelError, RunError, UsageError
 from clinical_nlp.eval._candidates import read_words
-from clinical_nlp.eval._finished import language_model, read_losses, read_subject, reading
+from clinical_nlp.eval._finished import language_model, read_losses, read_subject, reading, without_dapt
 from clinical_nlp.eval._retraining import fewer_patients, this_split, write_random_model
 from clinical_nlp.eval.transfer import CONFIG, PARTS, judge
 from clinical_nlp.models.loading import load_base
@@ -267,6 +267,23 @@ def test_weights_that_moved_far_have_forgotten(made, dapt_run, tmp_path):
         shorter = model(input_ids=ids[:, :-5]).logits
     assert torch.allclose(logits, hidden @ embeddings.T, atol=1e-4)
     assert torch.allclose(logits[:, :-5], shorter, atol=1e-4)
+
+
+def test_a_merged_dapt_run_is_dapt_all_the_same(made, dapt_run, tmp_path):
+    _, decoder, _ = made
+    merging = find_recipe("merge")
+    merged = execute(merging, merging.config(None, {"run": str(dapt_run.path)}), output=tmp_path / "merged")
+    assert without_dapt(str(merged.path)) == str(decoder.resolve())
+    run = tag(made, "on_merged", merged.path, **{"strategy.name": "full", "max_steps": 2})
+    texts = ["no fever or cough today"] * 2
+    for path in (dapt_run.path, merged.path):
+        assert read_losses(str(path), "none", texts)[0] == pytest.approx(
+            read_losses(str(dapt_run.path), "none", texts)[0], rel=1e-3
+        )
+    found = evaluate(tmp_path / "out", run.path, parts=["forgetting"])
+    assert found.metrics["forgetting.perplexity_before"]["value"] == pytest.approx(
+        dapt_run.metrics["test.perplexity"]["value"], rel=1e-3
+    )
 
 
 def test_the_earlier_task_is_scored_with_its_own_head_on_the_new_weights(made, tagger, tmp_path):

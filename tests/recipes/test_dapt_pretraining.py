@@ -227,8 +227,8 @@ def test_replay_measures_forgetting_and_keeps_to_its_share(
     trained = {"max_steps": None, "training.epochs": 8, "training.learning_rate": 0.01}
     for ratio in (0.0, 0.4):
         run = adapt(models, tmp_path / str(ratio), **on_iob(iob), **source, **trained, **{"replay.ratio": ratio})
-        facts, metrics = run.manifest["replay"], run.metrics
-        assert facts["ratio"] == pytest.approx(ratio, abs=0.03)
+        facts, metrics = run.manifest["inputs"], run.metrics
+        assert facts["replay_ratio"] == pytest.approx(ratio, abs=0.03)
         assert metrics["test.source_perplexity"]["n_patients"] == 12
         if ratio == 0:
             plain = metrics["test.source_perplexity"]["value"]
@@ -288,3 +288,23 @@ def test_a_corpus_without_tokens_is_refused(
     monkeypatch.setattr(pretraining, "encode", lambda texts, tokenizer, **options: [[] for _ in texts])
     with pytest.raises(InputError, match="no note of the train part has a token"):
         adapt(models, tmp_path / "run", **on_iob(iob))
+
+
+@pytest.mark.parametrize(("family", "expected"), [("BERT", "network.cls.predictions"), ("DistilBERT", None)])
+def test_a_head_of_several_modules_does_not_take_the_base_along(
+    models: dict[str, str], tmp_path: Path, family: str, expected: str | None
+) -> None:
+    folder = models["encoder"]
+    if family == "DistilBERT":
+        from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
+
+        DistilBertModel(DistilBertConfig(vocab_size=300, dim=32, n_layers=1, n_heads=2, hidden_dim=64)).save_pretrained(
+            tmp_path
+        )
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+        folder = str(tmp_path)
+    base = load_base(folder, kind="language")
+    model, head = dapt.with_head(pretraining.language_task(base, 64), base.network, base)
+    assert head == expected
+    assert all(parameter.requires_grad for parameter in head_state(base.network).values())
+    assert model.network is base.network
