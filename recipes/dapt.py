@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -381,7 +381,8 @@ def with_head(task: LanguageTask, network: Any, base: BaseModel) -> tuple[Any, s
         parameter.requires_grad_(True)
     ours = {id(parameter) for parameter in state.values()}
     named = {name: id(parameter) in ours for name, parameter in model.named_parameters()}
-    path = os.path.commonprefix([name.split(".") for name, own in named.items() if own])
+    levels = zip(*(name.split(".") for name, own in named.items() if own), strict=False)
+    path = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
     # Where the head is not one module, or is one that holds the backbone too, it learns at the rate of the base.
     whole = all(own for name, own in named.items() if name.split(".")[: len(path)] == path)
     return model, ".".join(path) if whole else None

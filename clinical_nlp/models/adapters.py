@@ -116,7 +116,8 @@ def save_adapter(model: Any, folder: Path, *, name: str, prefix: str = "") -> No
     save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if isinstance(config.get("target_modules"), (list, set)):  # paths that begin at the backbone fit any task's network
         for key in ("target_modules", "feedforward_modules"):
-            config[key] = sorted(path.removeprefix(prefix) for path in config.get(key) or ()) or None
+            if config.get(key):
+                config[key] = sorted(path.removeprefix(prefix) for path in config[key])
     text = json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value), indent=1)
     (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
 

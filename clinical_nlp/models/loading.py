@@ -186,7 +186,14 @@ def _restore_head(network: Any, resolved: ResolvedModel) -> Head:
     return "fresh"
 
 
-_ENCODERS = frozenset({"bert", "roberta", "electra", "xlm-roberta", "camembert", "deberta", "deberta-v2", "modernbert"})
+_ENCODERS = frozenset(
+    {
+        *("bert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2", "electra", "ernie"),
+        *("megatron-bert", "modernbert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
+        *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+    }
+)
+"""Encoders for which transformers also has a causal class."""
 
 
 @contextlib.contextmanager

@@ -284,20 +284,23 @@ def train(
     if resume:
         say(f"resuming from {newest.name}" if newest else "no whole checkpoint yet; starting from the beginning")
     began = time.monotonic()
-    try:
-        before = int(newest.name.rpartition("-")[2]) if newest else 0
-        stages.model = model
-        if early is not None:
-            early.begin(model, before)
+    before = int(newest.name.rpartition("-")[2]) if newest else 0
+    stages.model = model
+    if early is not None:
+        early.begin(model, before)
+    if newest is not None and before >= planned:  # trained to the end; the Trainer would take one step more
+        restore(model, newest / WEIGHTS, trainer.names)
+        trainer.state = transformers.TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        steps, loss = before, float(np.mean(logged)) if logged else math.nan
+    else:
         with stop.listening(), progress("train", planned, unit="steps", done=before) as bar:
             shown.bar = bar
             outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    finally:
-        shown.bar = None
+            shown.bar = None
+        steps, loss = outcome.global_step, outcome.training_loss
     if stop.signalled:
-        raise RunError(
-            f"stopped by a signal after step {outcome.global_step}, checkpoint saved; finish it with --resume"
-        )
+        raise RunError(f"stopped by a signal after step {steps}, checkpoint saved; finish it with --resume")
     trainer._stop_if_diverged()
     if sharded():
         raise RunError(
@@ -306,8 +309,8 @@ def train(
         )
     trained = sum(lengths) * trainer.state.epoch if trainer.state.epoch else 0
     return {
-        "steps": trainer.state.global_step,
-        "train_loss": outcome.training_loss,
+        "steps": steps,
+        "train_loss": loss,
         "tokens": round(trained),
         "seconds": round(time.monotonic() - began, 1),
         "processes": arguments.world_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -66,6 +67,17 @@ def test_a_torn_checkpoint_is_passed_over_and_the_one_before_it_taken(tmp_path, 
     weights.write_bytes(data)
     assert checkpoints.newest(tmp_path / "b" / "checkpoints").name == "checkpoint-3"
     assert same(straight, fit(tmp_path / "b", decoder, resume=True))
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_step_more(tmp_path, decoder, monkeypatch):
+    straight = fit(tmp_path / "a", decoder)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        with pytest.raises(Killed):
+            fit(tmp_path / "b", decoder)
+    assert same(straight, fit(tmp_path / "b", decoder, resume=True))
+    lines = (tmp_path / "b" / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert max(json.loads(line)["step"] for line in lines) == 8
 
 
 def test_an_unsealed_checkpoint_does_not_count(tmp_path):
