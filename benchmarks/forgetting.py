@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--source-steps", type=int, default=250)
     parser.add_argument("--patients", type=int, default=150)
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--scored", type=int, default=100, help="held-out patients of the source that are scored")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--strengths", nargs="+", type=float, help="of ewc and l2_sp, instead of 1")
     parser.add_argument("--seed", type=int, default=0)
@@ -59,6 +60,7 @@ def main() -> None:
                     "corpus.name": "synthetic_hospitals",
                     "corpus.options": {"institutions": 1, "patients": options.patients, "seed": 7},
                     "training.epochs": options.epochs,
+                    "scored_patients": options.scored,
                     "replay.name": SOURCE,
                     "replay.ratio": 0.0,
                     **settings,

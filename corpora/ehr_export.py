@@ -57,7 +57,7 @@ def load(path: Path | None = None, *, format: str, **options: Any) -> Corpus:
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not known{nearest(format, FORMATS)}")
     source = corpus_path(CARD, path)
-    chosen = _options(options)
+    chosen = read_options(options)
     notes, left_out = collect(read_notes(source, format=format, options=chosen))
     if not len(notes):
         raise InputError(f"{source} holds no {format} note that can be read{listed(left_out)}")
@@ -76,7 +76,7 @@ def load(path: Path | None = None, *, format: str, **options: Any) -> Corpus:
     )
 
 
-def _options(values: Mapping[str, Any]) -> ReadOptions:
+def read_options(values: Mapping[str, Any]) -> ReadOptions:
     known = [item.name for item in fields(ReadOptions)]
     given: dict[str, Any] = {}
     for name, value in values.items():

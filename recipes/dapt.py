@@ -269,7 +269,7 @@ def streamed(config: DaptConfig, task: LanguageTask, tokenizer: Any, run: Run, r
         source = corpus_path(ehr_export.CARD, None if config.corpus.path is None else Path(config.corpus.path))
         if "format" not in options:
             raise ConfigError("corpus ehr_export needs corpus.options.format")
-        records = read_notes(source, format=options.pop("format"), options=ehr_export._options(options))
+        records = read_notes(source, format=options.pop("format"), options=ehr_export.read_options(options))
         stream = NoteStream(records, config.split, seed=config.seed, limit=config.scored_patients)
         pretraining.write_stream(stream, task, tokenizer, folder)
         checkpoints.seal(folder)

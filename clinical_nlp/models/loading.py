@@ -98,12 +98,11 @@ def load_base(
     if is_decoder and (bidirectional or hasattr(config, "is_causal")):
         config.is_causal = not bidirectional  # an earlier run may have saved the opposite
     config.use_cache = False
-    options |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
     gpu = torch.cuda.is_available()
+    half = dtype == "bf16" or (dtype == "auto" and gpu and torch.cuda.is_bf16_supported())
+    options |= {"config": config, "dtype": torch.bfloat16 if half else torch.float32, "use_safetensors": True}
     if quantization == "nf4":
-        options |= _four_bit(torch)
-    elif dtype == "bf16" or (dtype == "auto" and gpu and torch.cuda.is_bf16_supported()):
-        options["dtype"] = torch.bfloat16
+        options |= _four_bit(torch, options["dtype"])
     loaders: dict[str, Any] = {"backbone": AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
     with _clear_errors(name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_HEAD_SEED)
@@ -126,8 +125,29 @@ def load_base(
         _guard_four_bit(network, name)
     elif gpu:
         network = network.cuda()
+    if not gpu and network.num_parameters() > _LARGE:
+        _give_memory_back()
     network = stack_adapters(network, resolved.adapters, prefix="" if kind == "backbone" else prefix)
     return BaseModel(network, load_tokenizer(resolved), resolved, quantization, is_decoder, head)
+
+
+_LARGE = 200_000_000
+"""Parameters from which a model's memory matters more than the time to ask the system for it."""
+
+
+def _give_memory_back() -> None:
+    """Return what loading freed to the system, and later what training frees of large blocks, at once (glibc).
+
+    Its allocator else keeps such blocks in a heap that the dequantised weights of each layer fragment.
+    """
+    import ctypes
+    import gc
+
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.malloc_trim(0)
+        library.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: once set, it no longer grows by itself
 
 
 def release_mapping(network: torch.nn.Module) -> None:
@@ -210,7 +230,7 @@ def _clear_errors(name: str) -> Iterator[None]:
         raise
 
 
-def _four_bit(torch: Any) -> dict[str, Any]:
+def _four_bit(torch: Any, dtype: Any) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -223,7 +243,7 @@ def _four_bit(torch: Any) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+            bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=_HEADS,
         ),
         "device_map": {"": torch.cuda.current_device()} if gpu else {"": "cpu"},

@@ -493,7 +493,11 @@ def collate_packed(
 
 
 def collate_padded(examples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Make (B, L) rows of one document each, padded on the right and masked there."""
+    """Make (B, L) rows of one document each, padded on the right.
+
+    A causal model cannot see what comes after a token, so padding needs no mask, without which attention is twice as
+    fast. Examples with `labels` (masked tokens) are for models that see both sides, and get one.
+    """
     import torch
 
     width = max(len(example["input_ids"]) for example in examples)
@@ -507,6 +511,8 @@ def collate_padded(examples: list[dict[str, Any]], pad_token_id: int) -> dict[st
         labels[row, :size] = torch.tensor(example.get("labels", example["input_ids"]))
         if "labels" not in example:
             labels[row, 0] = -100
+    if "labels" not in examples[0]:
+        return {"input_ids": ids, "position_ids": torch.arange(width).repeat(len(examples), 1), "labels": labels}
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -666,7 +672,7 @@ def note_losses(
             for position, (_, tokens) in enumerate(batch):
                 ids[position, : len(tokens)] = torch.tensor(tokens)
                 mask[position, : len(tokens)] = 1
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1].float()
+            logits = model(input_ids=ids.to(device)).logits[:, :-1].float()  # padding is on the right: nothing sees it
             loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(device), reduction="none")
             weight = mask[:, 1:].to(device)
             nats = (loss * weight).sum(1).double().cpu().numpy()

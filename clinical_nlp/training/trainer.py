@@ -118,17 +118,15 @@ class EpochBatches:
             order = order[np.argsort(self._difficulty[order], kind="stable")]
             windows = [order[begin : begin + size] for begin in range(0, len(order), size)]
             return [window[np.argsort(-self._lengths[window], kind="stable")] for window in windows]
-        # Sorted within pools, so that a small corpus does not see the same batches in every epoch.
-        pool = size * min(50, max(4, len(order) // (8 * size)))
-        windows = []
-        for begin in range(0, len(order), pool):
-            part = order[begin : begin + pool]
-            part = part[np.argsort(-self._lengths[part], kind="stable")]
-            windows += [part[index : index + size] for index in range(0, len(part), size)]
-        # A short window stays last: in the middle it would shift every later boundary.
-        last = windows.pop() if windows and len(windows[-1]) < size else None
+        # A short window is drawn first and stays last: in the middle it would shift every later boundary.
+        full = len(order) // size * size
+        order, rest = order[:full], order[full:]
+        # Sorted by nearly the length, so that batches have little padding and no two epochs have the same ones.
+        nearly = self._lengths[order] * np.exp(rng.normal(scale=0.05, size=full))
+        windows = np.split(order[np.argsort(-nearly, kind="stable")], range(size, full, size)) if full else []
         rng.shuffle(windows)
-        return [*windows, *([] if last is None else [last])]
+        windows = [*windows, rest] if len(rest) else windows
+        return [window[np.argsort(-self._lengths[window], kind="stable")] for window in windows]
 
     def __iter__(self) -> Iterator[list[int]]:
         for window in self.windows():
@@ -266,6 +264,10 @@ def train(
     for parameter in model.parameters():  # SFTTrainer casts adapters on a 4-bit base to bf16: small updates vanish
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
+    if language_model:
+        from clinical_nlp.training.linear_cross_entropy import use_linear_cross_entropy
+
+        use_linear_cross_entropy(model)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs = True
     trainer.batches = EpochBatches(
@@ -359,9 +361,15 @@ class LossTerms:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the task loss plus the terms; a term counts once an optimiser step, whatever the accumulation."""
-        # Asked for outputs only when somebody wants them: SFTTrainer then runs the model a second time.
-        result = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        import transformers
+
+        # Not SFTTrainer's own, which works the logits out twice for metrics that nobody reads here.
+        result = transformers.Trainer.compute_loss(
+            self,  # type: ignore[arg-type]
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
         )
         loss, outputs = result if return_outputs else (result, None)
         for term in self.terms:
