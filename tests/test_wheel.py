@@ -153,6 +153,7 @@ SMALL = {
     "dapt": [*SMALL_CORPUS, "--max_steps", "1", "--length", "64"],
     "ner": [*SMALL_CORPUS, "--max_steps", "1"],
     "drift": [*SMALL_CORPUS, "--n_permutations", "19"],
+    "merge": ["--run", "runs-dapt"],
     "adapt": [*SMALL_CORPUS, "--source", "export", "--max_steps", "1", "--n_permutations", "19"],
     "tiny": ["--institutions", "1", "--patients", "10", "--vocabulary", "400", "--hidden", "64", "--layers", "1",
              "--max_steps", "1"],
@@ -169,6 +170,8 @@ def test_every_recipe_runs_from_the_wheel(
     folder = Path(command("--version").args[0]).parents[2] / "elsewhere"
     if not (folder / "export").exists():
         write_fhir(load(institutions=2, patients=10), folder / "export")
+    if recipe == "merge" and not (folder / "runs-dapt").exists():
+        command("run", "dapt", *SMALL["dapt"], "--output", "runs-dapt")
     done = command("run", recipe, *SMALL[recipe], "--output", f"runs-{recipe}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / f"runs-{recipe}" / "manifest.json").is_file()
