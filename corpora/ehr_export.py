@@ -77,6 +77,7 @@ def load(path: Path | None = None, *, format: str, **options: Any) -> Corpus:
 
 
 def read_options(values: Mapping[str, Any]) -> ReadOptions:
+    """Turn the options of this corpus into those of the readers; one that they do not know is an error."""
     known = [item.name for item in fields(ReadOptions)]
     given: dict[str, Any] = {}
     for name, value in values.items():

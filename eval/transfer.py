@@ -368,7 +368,7 @@ def _measure_source_task(config: TransferConfig, subject: Subject, parent: Run, 
     rows = _not_read(subject, earlier.corpus.notes, earlier.split.test)
     people = [earlier.patients[row] for row in rows]
     before = by_patient(people, note_counts(earlier, ner.NerPredictor.load(parent.path), rows))
-    after = by_patient(people, note_counts(earlier, _with_earlier_head(subject, parent), rows))
+    after = by_patient(people, note_counts(earlier, with_earlier_head(subject, parent), rows))
     common: dict[str, Any] = {"n_notes": len(rows), "part": "source test", "seed": config.seed}
     protocol = (
         "strict micro-F1 of the earlier task: the earlier run, and this run with the earlier head or what it became"
@@ -387,7 +387,7 @@ def _measure_source_task(config: TransferConfig, subject: Subject, parent: Run, 
     book.find("forgetting", "task", state, [f"forgetting.task_{key}" for key in estimates])
 
 
-def _with_earlier_head(subject: Subject, parent: Run) -> ner.NerPredictor:
+def with_earlier_head(subject: Subject, parent: Run) -> ner.NerPredictor:
     """Return the run with the head of the earlier task: its own, where that one continued, else the earlier one."""
     if subject.run.manifest.get("head") == "continued":
         return ner.NerPredictor.load(subject.run.path)

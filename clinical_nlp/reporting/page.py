@@ -135,13 +135,14 @@ def template(name: str) -> Any:
 def run_report(run: Run) -> None:
     """Write `report.html`, and `model_card.md` if the run holds a model, from what the run recorded.
 
-    A recipe that has its own page (a function `report(run) -> str`) is asked for it. Call it when the run's block has
+    A recipe or suite that has its own page (a function `report(run) -> str`) is asked for it. Call it when the run's block has
     ended, so that duration and hardware are known; `clinical-nlp report DIR` calls it again later.
     """
     from clinical_nlp.reporting.model_card import model_card
 
-    name = f"clinical_nlp.recipes.{run.manifest.get('recipe')}"
-    own = getattr(importlib.import_module(name), "report", None) if importlib.util.find_spec(name) else None
+    names = [f"clinical_nlp.{shelf}.{run.manifest.get('recipe')}" for shelf in ("recipes", "eval")]
+    found = [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    own = next((module.report for module in found if hasattr(module, "report")), None)
     write_atomic(run.path / "report.html", own(run) if own else training_page(run))
     if own is None:
         write_atomic(run.path / "model_card.md", model_card(run))

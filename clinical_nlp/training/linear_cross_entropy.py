@@ -3,54 +3,62 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PIECE_BYTES = 8 * 2**20
 """Size of the logits of one piece on a CPU, where they should stay in the cache; 64 times as much on a GPU."""
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed negative log-likelihood of `labels` under `hidden @ weight.T`.
+@functools.cache
+def _linear_cross_entropy() -> Any:
+    """Make the function once; torch is imported when it is first used."""
+    import torch
 
-    The gradient is worked out with the loss, piece by piece, so that nothing is computed twice: backward only scales.
-    """
+    class LinearCrossEntropy(torch.autograd.Function):
+        """Summed negative log-likelihood of `labels` under `hidden @ weight.T`.
 
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        room = PIECE_BYTES * (64 if hidden.is_cuda else 1)
-        piece = max(16, room // (4 * weight.shape[0]))
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for begin in range(0, len(hidden), piece):
-            states, wanted = hidden[begin : begin + piece], labels[begin : begin + piece, None]
-            logits = torch.log_softmax((states @ weight.T).float(), dim=-1)
-            total -= logits.gather(1, wanted).sum()
-            slope = logits.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
-            slope = slope.to(hidden.dtype)
+        The gradient is worked out with the loss, piece by piece: nothing is computed twice, backward only scales it.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            needs_hidden, needs_weight, _ = ctx.needs_input_grad
+            room = PIECE_BYTES * (64 if hidden.is_cuda else 1)
+            piece = max(16, room // (4 * weight.shape[0]))
+            total = hidden.new_zeros((), dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            for begin in range(0, len(hidden), piece):
+                states, wanted = hidden[begin : begin + piece], labels[begin : begin + piece, None]
+                logits = torch.log_softmax((states @ weight.T).float(), dim=-1)
+                total -= logits.gather(1, wanted).sum()
+                slope = logits.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                slope = slope.to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mm(slope, weight, out=grad_hidden[begin : begin + piece])
+                if grad_weight is not None:
+                    if slope.dtype == grad_weight.dtype:
+                        grad_weight.addmm_(slope.T, states)
+                    else:
+                        grad_weight += slope.T @ states
+            ctx.grads = (grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+            return total
+
+        @staticmethod
+        def backward(ctx: Any, slope: torch.Tensor) -> tuple[Any, ...]:
+            grad_hidden, grad_weight = ctx.grads
+            ctx.grads = None
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[begin : begin + piece])
+                grad_hidden = grad_hidden.mul_(slope.to(grad_hidden.dtype))
             if grad_weight is not None:
-                if slope.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(slope.T, states)
-                else:
-                    grad_weight += slope.T @ states
-        ctx.grads = (grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
+                grad_weight = grad_weight.mul_(slope).to(ctx.weight_dtype)
+            return grad_hidden, grad_weight, None
 
-    @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[Any, ...]:
-        grad_hidden, grad_weight = ctx.grads
-        ctx.grads = None
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(slope.to(grad_hidden.dtype))
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(slope).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+    return LinearCrossEntropy
 
 
 def use_linear_cross_entropy(network: Any) -> bool:
@@ -64,6 +72,8 @@ def use_linear_cross_entropy(network: Any) -> bool:
     -------
     Whether it was done: a head that scales or caps its logits, has a bias or is quantised keeps its own loss.
     """
+    import torch
+
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
     head = inner.get_output_embeddings()
     shaped = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -85,7 +95,7 @@ def use_linear_cross_entropy(network: Any) -> bool:
         device = states.device.type
         half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            total = _LinearCrossEntropy.apply(states.to(half), weight.to(half), wanted[kept])
+            total = _linear_cross_entropy().apply(states.to(half), weight.to(half), wanted[kept])
         count = kept.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
         return {"loss": total / count.clamp(min=1)}
 

@@ -35,7 +35,7 @@ def modules():
 
 def test_padding_compares_the_same_tokens(tmp_path):
     out = tmp_path / "padding.json"
-    size = ["--model", "tiny", "--lengths", "128", "--notes", "16", "--test-notes", "20", "--batch", "4"]
+    size = ["--model", "tiny", "--lengths", "128", "--notes", "16", "--test-notes", "80", "--batch", "4"]
     arms = ["--repeats", "1", "--corpus", "synthetic_hospitals", "--arms", "trainer", "bucketed", "packed"]
     done = run("padding", *size, *arms, "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
