@@ -135,8 +135,8 @@ def template(name: str) -> Any:
 def run_report(run: Run) -> None:
     """Write `report.html`, and `model_card.md` if the run holds a model, from what the run recorded.
 
-    A recipe or suite that has its own page (a function `report(run) -> str`) is asked for it. Call it when the run's block has
-    ended, so that duration and hardware are known; `clinical-nlp report DIR` calls it again later.
+    A recipe or suite that has its own page (a function `report(run) -> str`) is asked for it. Call it when the run's
+    block has ended, so that duration and hardware are known; `clinical-nlp report DIR` calls it again later.
     """
     from clinical_nlp.reporting.model_card import model_card
 
