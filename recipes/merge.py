@@ -28,6 +28,8 @@ class MergeConfig(Config):
     """Directory of a dapt or ner run that holds an adapter."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the merged weights are written; bf16 halves the file and rounds them."""
+    seed: int = 0
+    """Of the patient bootstrap."""
 
 
 CONFIG = MergeConfig
@@ -70,7 +72,7 @@ def merge_ner(config: MergeConfig, earlier: Run, run: Run) -> tuple[Any, float]:
     patients = [data.patients[row] for row in rows]
     both = np.concatenate([counts_before, counts], axis=2)
     width = counts.shape[2]
-    shared: dict[str, Any] = {"part": data.split.reported_part, "seed": settings.seed}
+    shared: dict[str, Any] = {"part": data.split.reported_part, "seed": config.seed}
     run.record({"test.f1_strict_before": ner.f1_strict(counts_before, patients, **shared)})
     run.record(ner.score(counts, task.labels, patients, **shared))
     run.record(
@@ -115,7 +117,7 @@ def merge_pretraining(config: MergeConfig, earlier: Run, run: Run) -> tuple[Any,
     after = rounded(merged.network, config.dtype)
     first, second = (task.losses(task.model(network), material.held_out) for network in (before, after))
     found: dict[str, Estimate] = pretraining.compare(
-        first, second, material.patients, material.groups, part=material.part, seed=settings.seed, metric=task.metric
+        first, second, material.patients, material.groups, part=material.part, seed=config.seed, metric=task.metric
     )
     run.record(found)
     dapt.save(run.path, merged.network, merged, task, moves_base=True)

@@ -54,7 +54,7 @@ def main() -> None:
     rng = random.Random(seed)
     for point in range(points):
         run, result = folder / f"run{point}", folder / f"{point}.safetensors"
-        share = rng.uniform(0.1, 1.0)
+        share = 0.1 + 0.9 * (point + rng.random()) / points
         child = train_in_fork(model, run, result, resume=False)
         while processor_seconds(child) < share * whole and not os.waitid(
             os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
