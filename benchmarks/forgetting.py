@@ -23,7 +23,8 @@ from clinical_nlp.runs import Run, package_versions, write_json
 SOURCE = "mtsamples"
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "replay": {"replay.ratio": 0.5},
+    "replay-0.3": {"replay.ratio": 0.3},
+    "replay-0.5": {"replay.ratio": 0.5},
     "ewc": {"forgetting.name": "ewc", "forgetting.corpus": SOURCE, "forgetting.strength": 1.0},
     "l2_sp": {"forgetting.name": "l2_sp", "forgetting.strength": 1.0},
 }
