@@ -15,11 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from safetensors.torch import save_file
 from tiny_training import fit, tagging
 
+LAST = "checkpoints/checkpoint-12/trainable.safetensors"
 
-def train_in_fork(model: str, run: Path, result: Path, *, resume: bool) -> int:
+
+def train_in_fork(model: str, run: Path, *, resume: bool) -> int:
     """Start a training and return its process id."""
     child = os.fork()
     if child:
@@ -28,7 +29,7 @@ def train_in_fork(model: str, run: Path, result: Path, *, resume: bool) -> int:
     try:
         os.dup2(os.open(run.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
-        save_file(fit(run, model, resume=resume, save_steps=2, max_steps=12), result)
+        fit(run, model, resume=resume, save_steps=2, max_steps=12)
         status = 0
     finally:
         os._exit(status)
@@ -47,15 +48,15 @@ def main() -> None:
     from transformers import Trainer
 
     assert Trainer
-    child = train_in_fork(model, folder / "whole", folder / "whole.safetensors", resume=False)
+    child = train_in_fork(model, folder / "whole", resume=False)
     usage = os.wait4(child, 0)[2]
     whole = usage.ru_utime + usage.ru_stime
-    wanted = (folder / "whole.safetensors").read_bytes()
+    wanted = (folder / "whole" / LAST).read_bytes()
     rng = random.Random(seed)
     for point in range(points):
-        run, result = folder / f"run{point}", folder / f"{point}.safetensors"
+        run = folder / f"run{point}"
         share = 0.1 + 0.9 * (point + rng.random()) / points
-        child = train_in_fork(model, run, result, resume=False)
+        child = train_in_fork(model, run, resume=False)
         while processor_seconds(child) < share * whole and not os.waitid(
             os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
         ):
@@ -63,9 +64,9 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         steps = sorted(int(path.name.partition("-")[2]) for path in (run / "checkpoints").glob("checkpoint-*"))
-        if not result.is_file():
-            os.waitpid(train_in_fork(model, run, result, resume=(run / "config.yaml").is_file()), 0)
-        same = result.is_file() and result.read_bytes() == wanted
+        if not (run / "manifest.json").is_file():
+            os.waitpid(train_in_fork(model, run, resume=(run / "config.yaml").is_file()), 0)
+        same = (run / "manifest.json").is_file() and (run / LAST).read_bytes() == wanted
         print(f"{share:.2f} {steps[-1] if steps else 0} {'same' if same else 'different'}", flush=True)
         shutil.rmtree(run, ignore_errors=True)
 
