@@ -192,8 +192,8 @@ class Writer:
 
     __slots__ = (
         "_content", "_covariate", "_facts", "_favourites", "_felt", "_idioms", "_known", "_length", "_marks", "_parts",
-        "_patient", "_pieces", "_pronouns", "_random", "_said", "_section", "_spoken", "_style", "_tags", "_type",
-        "_when",
+        "_patient", "_pieces", "_pronouns", "_random", "_said", "_section", "_seen", "_spoken", "_style", "_tags",
+        "_type", "_when",
     )  # fmt: skip
 
     def __init__(self, content: Content, institution: Institution, patient: Patient, style: Style, random: Random, *,
@@ -212,6 +212,7 @@ class Writer:
         self._pronouns = _SHE if patient.sex == "female" else _HE
         self._spoken: dict[str, int] = {}
         self._said: set[str] = set()
+        self._seen: dict[Mention, str | None] = {}
         self._felt = [key for key in patient.findings if key not in UNFELT]
 
     # -- small words ------------------------------------------------------------------------------------------------
@@ -270,9 +271,14 @@ class Writer:
         key, axes = mention
         phrase, tags = self._phrase(key)
         side, width = None, 0
-        if axes[0] == "present" and axes[3] == "patient" and "lay" not in tags and key in self._patient.sides \
+        if mention in self._seen:
+            side = self._seen[mention]
+        elif axes[0] == "present" and axes[3] == "patient" and "lay" not in tags and key in self._patient.sides \
                 and self._random() < 0.6:  # fmt: skip
             side = self._patient.sides[key]
+        if self._section == "findings":
+            self._seen[mention] = side
+        if side:
             word = _side_word(side, self._style["side"])
             if capital:
                 word, capital = word[0].upper() + word[1:], False
@@ -930,6 +936,9 @@ class Writer:
                 lambda item=item: self._say("img_pos", f=(item, PRESENT))  # type: ignore[misc]
                 for item in shown
             ]
+            suspected = [item for item in patient.uncertain if item not in shown]
+            if suspected and shown and self._random() < 0.6:
+                writers.append(lambda: self._say("img_hedge", f=(suspected[0], UNCERTAIN)))
             unseen = self._not_shown(study)
             take = 1 + int(self._random() * (1 + length))
             writers.append(lambda: self._negatives("img_neg", unseen[:take]))
@@ -938,18 +947,24 @@ class Writer:
                 writers.append(lambda: self._negatives("img_neg", unseen[take : take + 1]))
             self._items(writers, listed=length == 3)
         else:
-            shown = list(self._spoken)
-            if shown:
-                writers = [lambda item=item: self._say("img_sum", f=(item, PRESENT)) for item in shown]  # type: ignore[misc]
-            else:
-                writers = [lambda: self._say("img_clear")]
-            suspected = [item for item in patient.uncertain if item not in shown]
-            if suspected and shown and self._random() < 0.6:
-                writers.append(lambda: self._say("img_hedge", f=(suspected[0], UNCERTAIN)))
-            elif not shown or self._random() < 0.4:
-                unseen = self._not_shown(study)
-                writers.append(lambda: self._negatives("img_neg", unseen[:1]))
-            self._items(writers, listed=True)
+            self._conclusion()
+
+    def _conclusion(self) -> None:
+        """Sum up what the findings state, and nothing else: each finding with the side and certainty it has there."""
+        shown = [key for key, axes in self._seen if axes == PRESENT]
+        suspected = [key for key, axes in self._seen if axes == UNCERTAIN]
+        unseen = [key for key, axes in self._seen if axes == ABSENT]
+        writers: list[Callable[[], None]] = [
+            lambda key=key: self._say("img_sum", f=(key, PRESENT))  # type: ignore[misc]
+            for key in shown
+        ]
+        writers += [lambda key=key: self._say("img_hedge", f=(key, UNCERTAIN)) for key in suspected]  # type: ignore[misc]
+        if not shown:
+            writers.append(lambda: self._say("img_clear"))
+        # What is absent is worth a line where nothing was seen, and to those who write at length.
+        if not shown or self._style["length"] == 3:
+            writers.append(lambda: self._negatives("img_neg", unseen[:1]))
+        self._items(writers, listed=True)
 
 
 _NEUTRAL = frozenset(("filler", "nurse_filler", "social"))

@@ -1,0 +1,39 @@
+"""The pairs of the synthetic hospitals: what an impression may say."""
+
+from collections import Counter
+
+import pytest
+
+from clinical_nlp.corpora.synthetic_hospitals import generate
+
+
+@pytest.mark.parametrize("bank", ["development", "held_out"])
+def test_an_impression_states_only_what_its_findings_state(bank):
+    kinds, sides = Counter(), Counter()
+    for item in generate(institutions=2, patients=200, bank=bank):
+        for pair in item.pairs:
+            stated = []
+            for part in pair[4:6]:
+                start = item.note.text.rindex(part)
+                stated.append({row[13] for row in item.spans if start <= row[2] and row[3] <= start + len(part)})
+            assert stated[1] <= stated[0], item.note.note_id
+            assert stated[1], item.note.note_id
+            concluded = [row for row in item.facts if row[0] in stated[1]]
+            kinds.update(row[8] for row in concluded)
+            sides.update(row[12] for row in concluded)
+    assert min(kinds[name] for name in ("present", "absent", "uncertain")) > 20
+    assert min(sides[name] for name in ("left", "right", None)) > 10
+
+
+def test_coders_code_what_the_notes_of_the_encounter_state():
+    coded, stated = {}, {}
+    for item in notes(patients=40):
+        for row in item.codes:
+            coded.setdefault(row[2], set()).add(row[4])
+        names = FACT_SCHEMA.names
+        for fact in (dict(zip(names, row, strict=True)) for row in item.facts):
+            if (fact["presence"], fact["modality"], fact["experiencer"]) == ("present", "actual", "patient"):
+                stated.setdefault(item.note.encounter_id, set()).add(fact["icd10cm_code"])
+    assert len(coded) > 60
+    for encounter, codes in coded.items():
+        assert codes <= stated[encounter]
