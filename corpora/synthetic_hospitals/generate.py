@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import accumulate
 from typing import Any
@@ -43,8 +43,10 @@ class GoldNote:
     """A note with its gold.
 
     `spans`, `facts` and `pairs` are rows in the column order of `SPAN_SCHEMA`, `FACT_SCHEMA` and `PAIR_SCHEMA`;
-    `codes`, rows of `CODE_SCHEMA`, belong to the note's encounter and come with the encounter's first note only.
-    `style` and `marker` are how the note was written: the truth behind `covariate` and `spurious`.
+    `codes`, rows of `CODE_SCHEMA`, belong to the note's encounter and come with the encounter's first note only; a
+    condition is coded where a note of the encounter says that the patient has it, as coders may code nothing else.
+    `style` and `marker` are how the note was written, `has_target` whether the patient has the target condition, said
+    or not: the truth behind `covariate`, `spurious` and `label`.
     """
 
     note: Note
@@ -55,6 +57,7 @@ class GoldNote:
     pairs: tuple[Row, ...]
     style: Style
     marker: int
+    has_target: bool
 
 
 def generate(
@@ -159,7 +162,7 @@ def _patient_notes(content: Content, institution: Institution, latent: Latent, n
     person = Patient(latent.patient_id, latent.sex, latent.birth_date)
     has_target = TARGET in latent.conditions
     memory: Passage | None = None
-    seen: set[str] = set()
+    found: list[GoldNote] = []
     for place, kind in enumerate(_note_types(institution, latent.n_notes, covariate, seed, institution.index, number)):
         key = (seed, institution.index, number, place)
         style = draw_style(institution, covariate, stream(*key, "style"))
@@ -172,25 +175,43 @@ def _patient_notes(content: Content, institution: Institution, latent: Latent, n
         draft = writer.write(memory, mark)
         memory = draft.memory
         encounter = f"{latent.patient_id}-{'clinic' if kind == 'clinic' else 'stay'}"
-        codes: tuple[Row, ...] = ()
-        if encounter not in seen:
-            seen.add(encounter)
-            codes = _codes(content, institution, latent, encounter)
-        yield _gold(content, institution, latent, person, draft, f"{latent.patient_id}-n{place + 1}", encounter, kind,
-                    when, codes, style, mark, concept, key)  # fmt: skip
+        found.append(
+            _gold(content, institution, latent, person, draft, f"{latent.patient_id}-n{place + 1}", encounter, kind,
+                  when, style, mark, has_target, concept, key)
+        )  # fmt: skip
+    stated: dict[str, set[str | None]] = {}
+    for item in found:
+        stated.setdefault(str(item.note.encounter_id), set()).update(_stated(item.facts))
+    for item in found:
+        encounter = str(item.note.encounter_id)
+        codes = _codes(content, institution, latent, encounter, stated.pop(encounter, set()))
+        yield replace(item, codes=codes)
 
 
-def _codes(content: Content, institution: Institution, latent: Latent, encounter: str) -> tuple[Row, ...]:
-    """Code every condition of a stay, and the chronic ones of a clinic visit (all, where none is chronic)."""
+_CODE, _AXES = FACT_SCHEMA.names.index("icd10cm_code"), FACT_SCHEMA.names.index("presence")
+
+
+def _stated(facts: tuple[Row, ...]) -> set[str | None]:
+    """Return the codes of what a note says that the patient has, now or before."""
+    said = {("present", time, "actual", "patient") for time in ("current", "historical")}
+    return {row[_CODE] for row in facts if row[_AXES : _AXES + 4] in said}
+
+
+def _codes(
+    content: Content, institution: Institution, latent: Latent, encounter: str, stated: set[str | None]
+) -> tuple[Row, ...]:
+    """Code the conditions that are stated: every one in a stay, the chronic ones (if any) in a clinic visit."""
     keys = latent.conditions
     if encounter.endswith("clinic"):
         keys = [key for key in keys if content.conditions[key].chronic] or keys
-    found = dict.fromkeys(content.entities[key].icd10cm_code for key in keys)
-    return tuple((institution.name, latent.patient_id, encounter, None, code, "ICD-10-CM") for code in found)
+    codes = dict.fromkeys(content.entities[key].icd10cm_code for key in keys)
+    return tuple(
+        (institution.name, latent.patient_id, encounter, None, code, "ICD-10-CM") for code in codes if code in stated
+    )
 
 
 def _gold(content: Content, institution: Institution, latent: Latent, person: Patient, draft: Draft, note_id: str,
-          encounter: str, kind: str, when: datetime, codes: tuple[Row, ...], style: Style, marker: int, concept: float,
+          encounter: str, kind: str, when: datetime, style: Style, marker: int, has_target: bool, concept: float,
           key: tuple[object, ...]) -> GoldNote:  # fmt: skip
     text, name, entities = draft.text, institution.name, content.entities
     omitted = institution.omitted
@@ -219,7 +240,7 @@ def _gold(content: Content, institution: Institution, latent: Latent, person: Pa
     note = Note(note_id=note_id, patient_id=latent.patient_id, institution=name, text=text,
                 source=f"synthetic_hospitals:{note_id}", encounter_id=encounter, note_type=kind, written_at=when,
                 title=draft.title)  # fmt: skip
-    return GoldNote(note, person, tuple(spans), facts, codes, pairs, style, marker)
+    return GoldNote(note, person, tuple(spans), facts, (), pairs, style, marker, has_target)
 
 
 def _marked(axes: tuple[str, str, str, str], tags: tuple[str, ...], omitted: tuple[str, ...]) -> bool:
