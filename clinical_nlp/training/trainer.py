@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +66,17 @@ class TrainingConfig(Config):
     """auto: bf16 on a GPU that has it, else fp32."""
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceLoss:
+    """DPO: how far the model may move from its reference (`beta`), and how much it also learns the preferred text.
+
+    `sft_weight` is the weight of the mean negative log-likelihood of the preferred text, beside the DPO loss.
+    """
+
+    beta: float
+    sft_weight: float = 0.0
 
 
 class EpochBatches:
@@ -161,6 +174,7 @@ def train(
     tokenizer: Any,
     strategy: StrategyConfig,
     language_model: bool = False,
+    preference: PreferenceLoss | None = None,
     head: str | None = None,
     max_steps: int | None = None,
     max_minutes: float | None = None,
@@ -181,6 +195,8 @@ def train(
     lengths : tokens of each example, for batches of similar length.
     strategy : says which parameters learn, at which rate, from which step.
     language_model : train through TRL's SFTTrainer instead of transformers' Trainer.
+    preference : train through TRL's DPOTrainer on pairs whose batches hold the log-likelihoods of the reference
+        (`tasks.report.collate_preferences`), so that no second model is kept.
     head : name of the task head inside `model`, which has its own learning rate.
     max_steps, max_minutes : earlier ends.
     resume : continue from the newest checkpoint that verifies.
@@ -209,6 +225,8 @@ def train(
         raise ConfigError("training.curriculum 'loss' needs a base model that does the task already; use length")
     if config.patience is not None and validate is None:
         raise ConfigError("training.patience needs a score on a development part, which this task does not have")
+    # DPOTrainer takes a peft model to be one of its own, with an adapter named default and another for the reference.
+    model = model.get_base_model() if preference is not None and hasattr(model, "get_base_model") else model
     gpu = torch.cuda.is_available()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu and torch.cuda.is_bf16_supported())
     steps_an_epoch = max(1, math.ceil(math.ceil(len(lengths) / config.batch_size) / config.accumulation))
@@ -248,19 +266,20 @@ def train(
     transformers.utils.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        trainer_class, arguments = _trainer_class(language_model, options)
+        trainer_class, arguments = _trainer_class(language_model, options, preference)
     stop = _Stop(max_minutes)
     shown = _shown(run, planned)
     stages = _Stages({name: round(group.start * planned) for group in groups for name in group.names})
     early = _Early(run, validate, config.patience) if config.patience is not None and validate is not None else None
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=collate,
-        callbacks=[stop, shown, stages, *([] if early is None else [early])],
-        **({"processing_class": tokenizer} if language_model else {}),
-    )
+    with _adapters_known(model) if preference is not None else contextlib.nullcontext():
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collate,
+            callbacks=[stop, shown, stages, *([] if early is None else [early])],
+            **({"processing_class": tokenizer} if language_model or preference is not None else {}),
+        )
     for parameter in model.parameters():  # SFTTrainer casts adapters on a 4-bit base to bf16: small updates vanish
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
@@ -269,7 +288,7 @@ def train(
 
         use_linear_cross_entropy(model)
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.model_accepts_loss_kwargs = True
+    trainer.model_accepts_loss_kwargs = preference is None
     trainer.batches = EpochBatches(
         lengths,
         batch=config.batch_size,
@@ -323,6 +342,8 @@ def train(
 class LossTerms:
     """The one mixin over the trainers: extra loss terms, own order, and checkpoints of what trains and nothing else."""
 
+    own_loss = False
+    """Whether the trainer's own loss is taken (DPO), a mean over pairs, and not that of the model's forward."""
     batches: EpochBatches
     terms: list[LossTerm]
     groups: list[Group]
@@ -348,6 +369,8 @@ class LossTerms:
             if not items[0][1]:
                 for key in batch.keys() & {"labels", "shift_labels"}:
                     batch[key] = torch.full_like(batch[key], -100)
+                if "completion_mask" in batch:
+                    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
             return batch
 
         return Loader(
@@ -363,17 +386,16 @@ class LossTerms:
         """Return the task loss plus the terms; a term counts once an optimiser step, whatever the accumulation."""
         import transformers
 
-        # Not SFTTrainer's own, which works the logits out twice for metrics that nobody reads here.
-        result = transformers.Trainer.compute_loss(
-            self,  # type: ignore[arg-type]
-            model,
-            inputs,
-            return_outputs=return_outputs,
-            num_items_in_batch=num_items_in_batch,
-        )
+        common: dict[str, Any] = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if self.own_loss:  # what comes back is divided by the accumulation, terms and all
+            result, share = super().compute_loss(model, inputs, **common), 1  # type: ignore[misc]
+        else:
+            # Not SFTTrainer's own, which works the logits out twice for metrics that nobody reads here.
+            result = transformers.Trainer.compute_loss(self, model, inputs, **common)  # type: ignore[arg-type]
+            share = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         loss, outputs = result if return_outputs else (result, None)
         for term in self.terms:
-            loss = loss + term(model, inputs) / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+            loss = loss + term(model, inputs) / share
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -519,7 +541,33 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _trainer_class(language_model: bool, options: dict[str, Any]) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _adapters_known(model: Any) -> Iterator[None]:
+    """Tell the Trainer, which else refuses to train a 4-bit model, that its layers carry adapters."""
+    missing = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if missing:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if missing:
+            model._hf_peft_config_loaded = False
+
+
+def _trainer_class(language_model: bool, options: dict[str, Any], preference: PreferenceLoss | None) -> tuple[Any, Any]:
+    if preference is not None:
+        from trl import DPOConfig, DPOTrainer
+
+        def as_it_is(self: Any, dataset: Any, *arguments: Any) -> Any:
+            """Leave the rows alone: they are tokens already, with the log-likelihoods of the reference."""
+            return dataset
+
+        losses: dict[str, Any] = {"loss_type": ["sigmoid"]}
+        if preference.sft_weight:
+            losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, preference.sft_weight]}
+        dpo: dict[str, Any] = {"beta": preference.beta, "max_length": None, "precompute_ref_log_probs": True, **losses}
+        own = {"own_loss": True, "_prepare_dataset": as_it_is, "_precompute_ref_logps": as_it_is}
+        return type("PreferenceTrainer", (LossTerms, DPOTrainer), own), DPOConfig(**options, **dpo)
     if language_model:
         from trl import SFTConfig, SFTTrainer
 
@@ -532,8 +580,6 @@ def _trainer_class(language_model: bool, options: dict[str, Any]) -> tuple[Any, 
 
 def _Stop(max_minutes: float | None) -> Any:
     """Make the callback that ends training at a time limit or on SIGTERM, with a checkpoint."""
-    import contextlib
-
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
@@ -669,7 +715,7 @@ def _shown(run: Run, planned: int) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs and state.is_world_process_zero:
                 self.loss = float(logs["loss"])
-                kept = ("loss", "grad_norm", "learning_rate", "epoch")
+                kept = ("loss", "grad_norm", "learning_rate", "epoch", "rewards/accuracies", "rewards/margins")
                 run.log(step=state.global_step, **{key: float(logs[key]) for key in kept if key in logs})
 
     return Shown()
