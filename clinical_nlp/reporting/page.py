@@ -62,11 +62,39 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """Text with marked passages, as (start, end, tone, why); tones are those of `Notice`. Overlaps show once."""
+
+    text: str
+    marks: Sequence[tuple[int, int, str, str]] = ()
+
+    @property
+    def pieces(self) -> list[tuple[str, str, str]]:
+        """Return the text in pieces of (text, tone, why); tone and why are empty where nothing is marked."""
+        pieces, position = [], 0
+        for start, end, tone, why in sorted(self.marks):
+            if start < position:
+                continue
+            pieces += [(self.text[position:start], "", ""), (self.text[start:end], tone, why)]
+            position = end
+        return [piece for piece in [*pieces, (self.text[position:], "", "")] if piece[0]]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Texts in columns, each with its heading."""
+
+    columns: Sequence[tuple[str, Marked]]
+    caption: str = ""
+    kind = "side_by_side"
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what stands below it."""
 
     heading: str
-    blocks: Sequence[Text | Notice | Points | Table | Figure]
+    blocks: Sequence[Text | Notice | Points | Table | Figure | SideBySide]
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: str = "") -> str:
