@@ -1,0 +1,512 @@
+"""Whether a generated text says what its reference and its source say: facts lost, added, turned round or altered.
+
+Both texts are read with the package's own rules (`clinical_nlp.language.facts`). Mentions that stand in the same words
+in both texts are set against each other first, so that one changed mention among many is seen; what remains is compared
+by concept. A clause that no vocabulary knows counts as new when its words are, so that harmless rewording stays free.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from clinical_nlp.language.facts import Fact, broader, is_clinical, is_plain, names_of, read_facts, tokens_of
+from clinical_nlp.language.sentences import find_sentences
+from clinical_nlp.runs import Estimate
+from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
+
+COUNTS = (
+    "matched", "generated", "reference", "missing", "extra", "unsupported", "checked", "flipped", "asserted",
+    "flipped_source", "asserted_source", "numbers_wrong", "numbers_compared", "numbers_unsupported", "numbers_checked",
+    "sides_wrong", "sides_compared", "pairs", "pairs_wrong",
+)  # fmt: skip
+"""Columns of `FactComparison.counts`, one row a pair; sums over pairs make every score."""
+
+ERRORS = ("flipped", "numbers", "sides", "added", "dropped", "invented")
+"""Kinds of error that a comparison can show."""
+
+_OPPOSITE = frozenset((("affirmed", "denied"), ("denied", "affirmed"), ("affirmed", "over"), ("over", "affirmed")))
+_NEW = 1.0
+_NEW_ALONE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class FactComparison:
+    """What differs between a generated text, its reference and its source.
+
+    `matched`, `generated` and `reference` count distinct facts, numbers apart. A pair in `flipped`, `flipped_source`,
+    `numbers` and `sides` holds the generated fact first.
+    """
+
+    matched: int = 0
+    generated: int = 0
+    reference: int = 0
+    missing: tuple[Fact, ...] = ()
+    extra: tuple[Fact, ...] = ()
+    unsupported: tuple[Fact, ...] = ()
+    flipped: tuple[tuple[Fact, Fact], ...] = ()
+    flipped_source: tuple[tuple[Fact, Fact], ...] = ()
+    numbers: tuple[tuple[Fact, Fact], ...] = ()
+    sides: tuple[tuple[Fact, Fact], ...] = ()
+    compared: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """The kinds of error in the pair, as in `ERRORS`; empty where nothing is wrong."""
+        shown = {
+            "flipped": self.flipped or self.flipped_source, "numbers": self.numbers, "sides": self.sides,
+            "added": self.extra, "dropped": self.missing, "invented": self.unsupported,
+        }  # fmt: skip
+        return tuple(kind for kind in ERRORS if shown[kind])
+
+    def counts(self) -> np.ndarray:
+        """Return the counts of this pair, (len(COUNTS),) float64."""
+        unsupported = sum(fact.kind != "number" for fact in self.unsupported)
+        own = {
+            "matched": self.matched, "generated": self.generated, "reference": self.reference,
+            "missing": len(self.missing), "extra": len(self.extra), "unsupported": unsupported,
+            "flipped": len(self.flipped), "flipped_source": len(self.flipped_source),
+            "numbers_wrong": len(self.numbers), "numbers_unsupported": len(self.unsupported) - unsupported,
+            "sides_wrong": len(self.sides), "pairs": 1, "pairs_wrong": int(bool(self.errors)),
+        }  # fmt: skip
+        return np.array([own.get(name, self.compared.get(name, 0)) for name in COUNTS], dtype=np.float64)
+
+
+# -- a text as it is compared ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A fact with the sentence it stands in, and what it says about the patient."""
+
+    fact: Fact
+    sentence: int
+    state: str  # affirmed, denied or over
+    whose: str  # patient, other, or open: what may come
+    stems: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    said: tuple[_Said, ...]
+    numbers: tuple[_Said, ...]
+    keys: tuple[tuple[str, ...], ...]  # the words of each sentence
+    stems: tuple[frozenset[str], ...]  # the stems of each sentence, with those of the other names of its concepts
+    all_stems: frozenset[str]
+
+
+@lru_cache(maxsize=16)
+def _read(text: str) -> _Text:
+    sentences = find_sentences(text)
+    starts = [start for start, _ in sentences]
+    words: list[list[str]] = [[] for _ in sentences]
+    stems: list[set[str]] = [set() for _ in sentences]
+    for token in tokens_of(text):
+        at = bisect_right(starts, token.start) - 1
+        if at >= 0 and token.stem:
+            if not words[at] and token.text.isdigit() and text[token.end : token.end + 1] in (".", ")"):
+                continue  # the number of a list item
+            words[at].append(token.text)
+            stems[at].add(token.stem)
+    said, numbers = [], []
+    for fact in read_facts(text):
+        at = max(0, bisect_right(starts, fact.start) - 1)
+        if fact.kind == "number":
+            numbers.append(_Said(fact, at, "affirmed", "patient", frozenset()))
+            continue
+        state = "over" if fact.resolved else "denied" if fact.presence == "absent" else "affirmed"
+        whose = "patient" if fact.experiencer == "patient" else "other"
+        if fact.modality != "actual" or (fact.kind == "finding" and fact.temporality == "future"):
+            whose = "open"
+        own = _content(fact)
+        said.append(_Said(fact, at, state, whose, own))
+        if fact.kind != "phrase":
+            stems[at] |= names_of(fact.name)
+    sets = tuple(frozenset(found) for found in stems)
+    return _Text(tuple(said), tuple(numbers), tuple(map(tuple, words)), sets, frozenset().union(*sets))
+
+
+def _content(fact: Fact) -> frozenset[str]:
+    if fact.kind == "phrase":
+        return frozenset(fact.name.split())
+    return frozenset(token.stem for token in tokens_of(fact.label) if token.stem and not is_plain(token.text))
+
+
+def _weight(stems: Iterable[str]) -> float:
+    return sum(1.0 if is_clinical(stem) else 0.5 for stem in stems)
+
+
+def _opposite(one: _Said, other: _Said) -> bool:
+    if "open" in (one.whose, other.whose):
+        return False
+    return (one.state, other.state) in _OPPOSITE or one.whose != other.whose
+
+
+def _alike(one: _Said, other: _Said) -> bool:
+    return one.whose == other.whose and (one.state, other.state) not in _OPPOSITE
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare_facts(generated: str, reference: str | None = None, *, source: str | None = None) -> FactComparison:
+    """Compare the facts of a generated text with those of its reference, of its source, or of both.
+
+    Parameters
+    ----------
+    generated : the text to judge.
+    reference : what an expert wrote; without it `missing`, `extra`, `flipped`, `numbers` and `sides` stay empty.
+    source : what the text was generated from; without it `unsupported` and `flipped_source` stay empty.
+
+    Returns
+    -------
+    FactComparison. A fact that a text repeats counts once.
+    """
+    made = _read(generated)
+    result: dict[str, object] = {}
+    compared: dict[str, int] = {}
+    if reference is not None:
+        result.update(_against_reference(made, _read(reference), compared))
+    if source is not None:
+        result.update(_against_source(made, _read(source), compared))
+    if reference is None:
+        result["generated"] = len(_distinct(made))
+    return FactComparison(**result, compared=compared)  # type: ignore[arg-type]
+
+
+def _distinct(text: _Text) -> list[_Said]:
+    """Facts that count: one a concept and state, phrases only with a clinical word in them."""
+    seen: dict[tuple[str, str, str], _Said] = {}
+    for said in text.said:
+        if said.fact.kind != "phrase" or any(is_clinical(stem) for stem in said.stems):
+            seen.setdefault((said.fact.name, said.state, said.whose), said)
+    return list(seen.values())
+
+
+def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> dict[str, object]:
+    rest_made, rest_wanted = _without_shared(made, wanted)
+    flipped: list[tuple[Fact, Fact]] = []
+    sides: list[tuple[Fact, Fact]] = []
+    new: list[_Said] = []
+    lost: list[_Said] = []
+    names = dict.fromkeys(s.fact.name for s in (*rest_made, *rest_wanted) if s.fact.kind != "phrase")
+    for name in names:
+        own = [s for s in rest_made if s.fact.name == name]
+        theirs = [s for s in rest_wanted if s.fact.name == name]
+        own, theirs = _pair_off(own, theirs, sides)
+        for said in tuple(own):
+            turned = next((other for other in theirs if _opposite(said, other)), None)
+            if turned is not None:
+                flipped.append((said.fact, turned.fact))
+                own.remove(said)
+                theirs.remove(turned)
+        if own and theirs:  # the same concept, neither alike nor opposite: what may come, against what is
+            own, theirs = own[len(theirs) :], theirs[len(own) :]
+        _unpaired(own, wanted, flipped, new, swap=False)
+        _unpaired(theirs, made, flipped, lost, swap=True)
+    _relate(new, lost, flipped)
+    new = [said for said in new if not _worded(said, wanted)]
+    lost = [said for said in lost if not _worded(said, made)]
+    more, less = _phrases(rest_made, rest_wanted, made, wanted, flipped, sides)
+    numbers, numbers_new, numbers_lost, numbers_compared = _numbers(made, wanted)
+    generated, reference = _distinct(made), _distinct(wanted)
+    wrong = {id(pair[0]) for pair in (*flipped, *sides)} | {id(pair[1]) for pair in (*flipped, *sides)}
+    matched = _matched(generated, reference, wrong)
+    compared["asserted"] = compared.get("asserted", 0) + matched + len(flipped)
+    compared["sides_compared"] = _sides_compared(made, wanted)
+    compared["numbers_compared"] = numbers_compared
+    return {
+        "matched": matched, "generated": len(generated), "reference": len(reference), "flipped": tuple(flipped),
+        "extra": tuple(_once(said.fact for said in (*new, *more, *numbers_new))),
+        "missing": tuple(_once(said.fact for said in (*lost, *less, *numbers_lost))),
+        "sides": tuple(sides), "numbers": tuple(numbers),
+    }  # fmt: skip
+
+
+def _once(facts: Iterable[Fact]) -> list[Fact]:
+    seen: dict[tuple[object, ...], Fact] = {}
+    for fact in facts:
+        seen.setdefault((fact.kind, fact.name, fact.presence, fact.value, fact.unit), fact)
+    return list(seen.values())
+
+
+def _without_shared(made: _Text, wanted: _Text) -> tuple[list[_Said], list[_Said]]:
+    """Leave out mentions that stand in the same sentence in both texts and say the same there."""
+
+    def key(text: _Text, said: _Said) -> tuple[object, ...]:
+        return (text.keys[said.sentence], said.fact.name, said.state, said.whose, said.fact.side)
+
+    count = Counter(key(made, said) for said in made.said) & Counter(key(wanted, said) for said in wanted.said)
+    rests = []
+    for text in (made, wanted):
+        left = count.copy()
+        rest = []
+        for said in text.said:
+            k = key(text, said)
+            if left[k] > 0:
+                left[k] -= 1
+            else:
+                rest.append(said)
+        rests.append(rest)
+    return rests[0], rests[1]
+
+
+def _pair_off(own: list[_Said], theirs: list[_Said], sides: list[tuple[Fact, Fact]]) -> tuple[list[_Said], list[_Said]]:
+    """Pair mentions of one concept that say the same, those of one side first; note pairs whose sides differ."""
+    own, theirs = list(own), list(theirs)
+    for strict in (True, False):
+        for said in tuple(own):
+            fits = (o for o in theirs if _alike(said, o) and (not strict or o.fact.side == said.fact.side))
+            other = next(fits, None)
+            if other is None:
+                continue
+            own.remove(said)
+            theirs.remove(other)
+            if said.fact.side != other.fact.side and said.fact.side and other.fact.side:
+                sides.append((said.fact, other.fact))
+    return own, theirs
+
+
+def _unpaired(
+    rest: list[_Said], text: _Text, flipped: list[tuple[Fact, Fact]], new: list[_Said], *, swap: bool
+) -> None:
+    """Sort mentions without a counterpart: said again, said otherwise elsewhere, or not said at all."""
+    for said in rest:
+        others = [other for other in text.said if other.fact.name == said.fact.name]
+        if any(_alike(said, other) for other in others):
+            continue
+        turned = next((other for other in others if _opposite(said, other)), None)
+        if turned is None:
+            new.append(said)
+            continue
+        pair = (turned.fact, said.fact) if swap else (said.fact, turned.fact)
+        if not any(known[0].name == pair[0].name for known in flipped):
+            flipped.append(pair)
+
+
+def _relate(new: list[_Said], lost: list[_Said], flipped: list[tuple[Fact, Fact]]) -> None:
+    """Take out pairs of a concept and its broader one; what they say may be turned round."""
+    for said in tuple(new):
+        for other in lost:
+            near = other.fact.name in broader(said.fact.name) or said.fact.name in broader(other.fact.name)
+            if near and (_alike(said, other) or _opposite(said, other)):
+                if _opposite(said, other):
+                    flipped.append((said.fact, other.fact))
+                new.remove(said)
+                lost.remove(other)
+                break
+
+
+def _worded(said: _Said, text: _Text) -> bool:
+    """Whether one sentence of the other text holds all words of a concept, though not as that concept."""
+    return bool(said.stems) and any(said.stems <= stems for stems in text.stems)
+
+
+def _phrases(
+    rest_made: list[_Said], rest_wanted: list[_Said], made: _Text, wanted: _Text, flipped: list[tuple[Fact, Fact]],
+    sides: list[tuple[Fact, Fact]],
+) -> tuple[list[_Said], list[_Said]]:  # fmt: skip
+    own = [said for said in rest_made if said.fact.kind == "phrase"]
+    theirs = [said for said in rest_wanted if said.fact.kind == "phrase"]
+    for said in tuple(own):
+        best = max(theirs, key=lambda other: _overlap(said.stems, other.stems), default=None)
+        if best is None or _overlap(said.stems, best.stems) < 0.5:
+            continue
+        if _opposite(said, best):
+            flipped.append((said.fact, best.fact))
+        elif said.fact.side and best.fact.side and said.fact.side != best.fact.side:
+            sides.append((said.fact, best.fact))
+        own.remove(said)
+        theirs.remove(best)
+    changed = [{s.sentence for s in rest} for rest in (rest_made, rest_wanted)]
+    more = [said for said in own if _novel(said, wanted, made, changed[1])]
+    less = [said for said in theirs if _novel(said, made, wanted, changed[0])]
+    return more, less
+
+
+def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / len(one | other) if one or other else 0.0
+
+
+def _novel(said: _Said, other: _Text, own: _Text, changed: set[int]) -> bool:
+    """Whether a phrase says what the other text has no words for; a sentence of its own needs less to be new."""
+    weight = _weight(said.stems - other.all_stems)
+    if weight >= _NEW:
+        return True
+    if weight < _NEW_ALONE:
+        return False
+    mine = own.stems[said.sentence]
+    return not any(_telling(mine & other.stems[at]) for at in changed)
+
+
+def _telling(stems: Iterable[str]) -> bool:
+    return any(not is_plain(stem) and not stem.isdigit() for stem in stems)
+
+
+# -- numbers and sides -----------------------------------------------------------------------------------------------
+
+
+def _numbers(made: _Text, wanted: _Text) -> tuple[list[tuple[Fact, Fact]], list[_Said], list[_Said], int]:
+    """Pair numbers by value, unit and what they belong to; those left over that belong to one thing differ."""
+    own, theirs = list(made.numbers), list(wanted.numbers)
+    compared = 0
+    levels = (
+        lambda a, b: a.value == b.value and a.unit == b.unit and a.name == b.name,
+        lambda a, b: a.value == b.value and a.unit == b.unit,
+        lambda a, b: a.value == b.value and (a.unit is None or b.unit is None),
+    )
+    for same in levels:
+        for said in tuple(own):
+            other = next((o for o in theirs if same(said.fact, o.fact)), None)
+            if other is not None:
+                own.remove(said)
+                theirs.remove(other)
+                compared += 1
+    wrong: list[tuple[Fact, Fact]] = []
+    for alike in (
+        lambda a, b: a.name == b.name and a.unit == b.unit,
+        lambda a, b: a.name == b.name and a.value == b.value,
+        lambda a, b: a.unit == b.unit,
+    ):
+        for said in tuple(own):
+            other = next((o for o in theirs if alike(said.fact, o.fact)), None)
+            if other is not None:
+                own.remove(said)
+                theirs.remove(other)
+                wrong.append((said.fact, other.fact))
+                compared += 1
+    known = {(s.fact.value, s.fact.unit) for s in wanted.numbers}
+    given = {(s.fact.value, s.fact.unit) for s in made.numbers}
+    own = [said for said in own if (said.fact.value, said.fact.unit) not in known]
+    theirs = [said for said in theirs if (said.fact.value, said.fact.unit) not in given]
+    return wrong, own, theirs, compared
+
+
+def _sides_compared(made: _Text, wanted: _Text) -> int:
+    known = {said.fact.name for said in wanted.said if said.fact.side}
+    return len({said.fact.name for said in made.said if said.fact.side and said.fact.name in known})
+
+
+def _matched(generated: Sequence[_Said], reference: Sequence[_Said], wrong: set[int]) -> int:
+    """Count facts of the two texts that can be paired one to one."""
+    left = [said for said in reference if id(said.fact) not in wrong]
+    own = [said for said in generated if id(said.fact) not in wrong]
+    matched = 0
+    for same in (
+        lambda a, b: a.fact.name == b.fact.name,
+        lambda a, b: a.fact.name in broader(b.fact.name) or b.fact.name in broader(a.fact.name),
+        lambda a, b: "phrase" in (a.fact.kind, b.fact.kind) and _overlap(a.stems, b.stems) >= 0.5,
+    ):
+        for said in tuple(own):
+            other = next((o for o in left if same(said, o) and _alike(said, o)), None)
+            if other is not None:
+                own.remove(said)
+                left.remove(other)
+                matched += 1
+    return matched
+
+
+# -- against the source ----------------------------------------------------------------------------------------------
+
+
+def _against_source(made: _Text, source: _Text, compared: dict[str, int]) -> dict[str, object]:
+    by_name: dict[str, list[_Said]] = {}
+    above: set[str] = set()
+    for said in source.said:
+        by_name.setdefault(said.fact.name, []).append(said)
+        above |= broader(said.fact.name)
+    unsupported: list[Fact] = []
+    flipped: list[tuple[Fact, Fact]] = []
+    facts = _distinct(made)
+    asserted = 0
+    for said in facts:
+        known = by_name.get(said.fact.name)
+        if known:
+            asserted += 1
+            if not any(_alike(said, other) for other in known):
+                turned = next((other for other in known if _opposite(said, other)), None)
+                if turned is not None:
+                    flipped.append((said.fact, turned.fact))
+        elif said.fact.kind == "phrase":
+            if _weight(said.stems - source.all_stems) >= _NEW:
+                unsupported.append(said.fact)
+        elif said.fact.name not in above and not _worded(said, source):
+            unsupported.append(said.fact)
+    values = {said.fact.value for said in source.numbers}
+    numbers = {(said.fact.value, said.fact.unit): said.fact for said in made.numbers}
+    unsupported += [fact for (value, _), fact in numbers.items() if value not in values]
+    compared["checked"], compared["asserted_source"] = len(facts), asserted
+    compared["numbers_checked"] = len(numbers)
+    return {"unsupported": tuple(unsupported), "flipped_source": tuple(flipped)}
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+RATES = {
+    "fact_precision": ("matched", "generated"),
+    "fact_recall": ("matched", "reference"),
+    "invention_rate": ("unsupported", "checked"),
+    "flipped_rate": ("flipped", "asserted"),
+    "flipped_source_rate": ("flipped_source", "asserted_source"),
+    "number_error_rate": ("numbers_wrong", "numbers_compared"),
+    "number_invention_rate": ("numbers_unsupported", "numbers_checked"),
+    "side_error_rate": ("sides_wrong", "sides_compared"),
+    "error_rate": ("pairs_wrong", "pairs"),
+}
+"""Scores that are one count over another; `fact_f1` comes from three."""
+_REASONS = {
+    "matched": "no facts", "generated": "the generated texts state no fact",
+    "reference": "the references state no fact",
+    "checked": "no generated fact was checked against a source", "asserted": "no concept is in both texts",
+    "asserted_source": "no concept is in both generated text and source",
+    "numbers_compared": "no number is in both texts", "numbers_checked": "no generated number was checked",
+    "sides_compared": "no side is stated in both texts", "pairs": "no pairs",
+}  # fmt: skip
+
+
+def fact_scores(
+    counts: np.ndarray, patients: Sequence[str], *, part: str, seed: int = 0, prefix: str = "test."
+) -> dict[str, Estimate]:
+    """Turn counts into scores with patient-bootstrap intervals.
+
+    Parameters
+    ----------
+    counts : (n, len(COUNTS)), one row a pair, from `FactComparison.counts`.
+    patients : the patient of each pair.
+    part : what was scored.
+    seed : of the resampling.
+    prefix : put before each name.
+
+    Returns
+    -------
+    dict of Estimate: fact_precision, fact_recall, fact_f1, invention_rate (unsupported over generated facts),
+        flipped_rate and flipped_source_rate (over concepts that both texts assert), number_error_rate,
+        number_invention_rate, side_error_rate, and error_rate (pairs with any error). NaN, with the reason in `note`,
+        where there is nothing to count.
+    """
+    counts = np.asarray(counts, dtype=np.float64).reshape(-1, len(COUNTS))
+    summed = by_patient(patients, counts)
+    place = {name: at for at, name in enumerate(COUNTS)}
+
+    def ratio(over: str, under: str):  # type: ignore[no-untyped-def]
+        return lambda c: c[..., place[over]] / c[..., place[under]]
+
+    def f1(c: np.ndarray) -> np.ndarray:
+        return 2 * c[..., place["matched"]] / (c[..., place["generated"]] + c[..., place["reference"]])
+
+    statistics = {name: (ratio(*columns), columns[1]) for name, columns in RATES.items()}
+    statistics["fact_f1"] = (f1, "matched")
+    scores = {}
+    for name, (statistic, under) in statistics.items():
+        estimate = patient_bootstrap(summed, statistic, n_notes=len(counts), part=part, seed=seed)
+        if math.isnan(estimate.value):
+            estimate = Estimate(math.nan, math.nan, math.nan, estimate.n_patients, len(counts), part,
+                                f"undefined: {_REASONS[under]}")  # fmt: skip
+        scores[prefix + name] = estimate
+    return scores

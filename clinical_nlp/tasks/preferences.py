@@ -1,0 +1,240 @@
+"""Planting one clinical error in a text: the rejected side of a preference pair, or a test of a metric.
+
+Each kind of error changes one fact and leaves the rest of the text as it was, so that a model that learns to prefer the
+original learns the fact and not a style.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clinical_nlp.errors import UsageError
+from clinical_nlp.language.facts import Fact, read_facts
+from clinical_nlp.language.sentences import find_sentences
+
+KINDS = ("negation", "side", "number", "finding_added", "finding_dropped")
+"""What can be planted."""
+
+VOCABULARY = (
+    "pneumothorax", "pleural effusion", "pneumonia", "pulmonary embolism", "fever", "chest pain", "shortness of breath",
+    "abdominal pain", "nausea", "vomiting", "headache", "dizziness", "hypertension", "type 2 diabetes mellitus",
+    "atrial fibrillation", "peripheral edema", "skin rash", "weight loss", "hematuria", "anemia", "asthma", "seizure",
+    "deep venous thrombosis", "cough", "syncope", "back pain", "acute kidney injury", "urinary tract infection",
+)  # fmt: skip
+"""Findings that are added where the caller names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """A text with one error in it. [start, end) is what changed in `text` (empty where something was taken out).
+
+    `fact` is the fact of the original that was altered or dropped; None where a finding was added.
+    """
+
+    text: str
+    kind: str
+    start: int
+    end: int
+    fact: Fact | None
+
+
+def plant_error(
+    text: str, kind: str, rng: np.random.Generator, *, vocabulary: Sequence[str] | None = None
+) -> Planted | None:
+    """Plant one error in `text`.
+
+    Parameters
+    ----------
+    text : a note, a section or an impression; the rest of it stays as it is, byte for byte.
+    kind : one of `KINDS`. negation: a finding becomes denied, or a denied one present. side: left and right change
+        places. number: a dose, a value or a duration becomes another. finding_added: a sentence with a finding that
+        the text does not mention. finding_dropped: the only sentence or list entry that states a finding goes.
+    rng : draws the place and the change.
+    vocabulary : findings to add from; common ones by default.
+
+    Returns
+    -------
+    Planted, or None where the text has nothing of this kind to change.
+
+    Raises
+    ------
+    UsageError : `kind` is not one of `KINDS`.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    facts = read_facts(text)
+    if kind == "finding_added":
+        return _add(text, facts, rng, VOCABULARY if vocabulary is None else vocabulary)
+    plant = _PLANTS[kind]
+    places = list(range(len(facts)))
+    rng.shuffle(places)
+    for place in places:
+        planted = plant(text, facts, facts[place], rng)
+        if planted is not None and planted.text != text:
+            return planted
+    return None
+
+
+def _replaced(text: str, start: int, end: int, new: str, kind: str, fact: Fact | None) -> Planted:
+    return Planted(text[:start] + new + text[end:], kind, start, start + len(new), fact)
+
+
+def _cased(new: str, old: str) -> str:
+    if old.isupper() and len(old) > 1:
+        return new.upper()
+    return new[:1].upper() + new[1:] if old[:1].isupper() else new
+
+
+# -- negation --------------------------------------------------------------------------------------------------------
+
+_SWAPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(rf"(?<!\w){pattern}(?!\w)", re.IGNORECASE), new)
+    for pattern, new in (
+        (r"denies any", "reports"), (r"denies", "reports"), (r"denied", "reported"), (r"denying", "reporting"),
+        (r"negative for", "positive for"), (r"there is no evidence of", "there is evidence of"),
+        (r"no evidence of", "evidence of"), (r"there is no", "there is"), (r"there are no", "there are"),
+        (r"has no", "has"), (r"had no", "had"), (r"has not had", "has had"), (r"without any", "with"),
+        (r"without", "with"), (r"absent", "present"), (r"no complaints of", "complaints of"), (r"not", ""),
+        (r"no", ""),
+    )
+)  # fmt: skip
+
+
+def _negate(text: str, facts: Sequence[Fact], fact: Fact, rng: np.random.Generator) -> Planted | None:
+    if fact.kind != "finding" or (fact.modality, fact.experiencer) != ("actual", "patient") or fact.resolved:
+        return None
+    begin, _ = _sentence(text, fact)
+    others = [f for f in facts if f.name == fact.name and f.presence != fact.presence]
+    if others or fact.presence == "uncertain":
+        return None
+    if fact.presence == "absent":
+        best: tuple[int, int, str] | None = None
+        for pattern, new in _SWAPS:
+            for found in pattern.finditer(text, begin, fact.start):
+                if best is None or found.end() > best[1]:
+                    best = (found.start(), found.end(), new)
+        if best is None:
+            return None
+        start, stop, new = best
+        if not new and stop < len(text) and text[stop] == " ":
+            stop += 1
+        new = _cased(new, text[start : best[1]])
+        candidate = _replaced(text, start, stop, new, "negation", fact)
+        if not new and text[start].isupper():
+            first = candidate.text[start : start + 1].upper()
+            changed = candidate.text[:start] + first + candidate.text[start + 1 :]
+            candidate = Planted(changed, "negation", start, start + 1, fact)
+    else:
+        start = fact.start
+        before = re.search(r"(?:left|right|bilateral|mild|moderate|severe|small|large|stable|new)(?:-sided)?\s+$",
+                           text[begin:start], re.IGNORECASE)  # fmt: skip
+        if before:
+            start = begin + before.start()
+        at_begin = not re.search(r"\w", text[begin:start])
+        no = "No " if at_begin and text[start].isupper() else "no "
+        old = text[start : fact.end]
+        rest = old if old[:2].isupper() or not at_begin else old[0].lower() + old[1:]
+        no = no.upper() if old.isupper() and len(old) > 6 else no
+        candidate = _replaced(text, start, fact.end, no + rest, "negation", fact)
+    # The change must turn the fact round, and not only move words.
+    now = [f.presence for f in read_facts(candidate.text) if f.name == fact.name]
+    return candidate if now and fact.presence not in now else None
+
+
+# -- sides and numbers -----------------------------------------------------------------------------------------------
+
+_SIDE = re.compile(r"(?<!\w)(left|right|lt|rt|L|R)(?=[\s-])", re.IGNORECASE)
+_OTHER = {"left": "right", "right": "left", "lt": "rt", "rt": "lt", "l": "r", "r": "l"}
+
+
+def _turn(text: str, facts: Sequence[Fact], fact: Fact, rng: np.random.Generator) -> Planted | None:
+    if fact.side not in ("left", "right"):
+        return None
+    begin, end = _sentence(text, fact)
+    words = [found for found in _SIDE.finditer(text, begin, end) if found[1].lower().startswith(fact.side[0])]
+    if not words:
+        return None
+    word = min(words, key=lambda found: abs(found.start() - fact.start))
+    new = _OTHER[word[1].lower()]
+    new = new.upper() if word[1].isupper() else _cased(new, word[1])
+    return _replaced(text, word.start(1), word.end(1), new, "side", fact)
+
+
+_DIGITS = re.compile(r"\d+(?:\.\d+)?")
+
+
+def _alter(text: str, facts: Sequence[Fact], fact: Fact, rng: np.random.Generator) -> Planted | None:
+    if fact.kind != "number" or fact.unit in ("date", "year old") or fact.value is None:
+        return None
+    found = _DIGITS.search(text, fact.start, fact.end)
+    if found is None or float(found[0]) == 0:
+        return None
+    old = float(found[0])
+    factors = [10.0, 0.1, 2.0, 0.5] if fact.unit in ("mg", "mcg", "g", "unit", "ml", "meq") else [2.0, 0.5, 1.5, 3.0]
+    rng.shuffle(factors)
+    decimals = len(found[0].partition(".")[2])
+    for factor in factors:
+        new = f"{old * factor:.{decimals}f}"
+        if float(new) not in (0.0, old):
+            return _replaced(text, found.start(), found.end(), new, "number", fact)
+    return None
+
+
+# -- findings added and dropped --------------------------------------------------------------------------------------
+
+_ADDED = ("{} is present.", "There is {}.", "Also {}.", "New {} noted.")
+
+
+def _add(text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary: Sequence[str]) -> Planted | None:
+    known = {fact.name for fact in facts}
+    named = [(term, {fact.name for fact in read_facts(term)}) for term in vocabulary]
+    free = [term for term, names in named if names and not names & known]
+    if not free or not text.strip():
+        return None
+    term = free[int(rng.integers(len(free)))]
+    sentence = _ADDED[int(rng.integers(len(_ADDED)))].format(term)
+    sentence = sentence[0].upper() + sentence[1:]
+    letters = [c for c in text if c.isalpha()]
+    if letters and all(c.islower() for c in letters):
+        sentence = sentence.lower()
+    elif letters and all(c.isupper() for c in letters):
+        sentence = sentence.upper()
+    ends = [end for start, end in find_sentences(text) if text[end - 1] in ".!?"] or [len(text.rstrip())]
+    at = ends[int(rng.integers(len(ends)))]
+    return _replaced(text, at, at, " " + sentence, "finding_added", None)
+
+
+def _drop(text: str, facts: Sequence[Fact], fact: Fact, rng: np.random.Generator) -> Planted | None:
+    if fact.kind != "finding" or sum(other.name == fact.name for other in facts) > 1:
+        return None
+    begin, end = _sentence(text, fact)
+    inside = [f for f in facts if begin <= f.start < end and f.kind != "number"]
+    if len(inside) > 1:
+        return None
+    line = text.rfind("\n", 0, begin) + 1
+    stop = end
+    if re.fullmatch(r"[ \t]*(?:[-*•]|\d{1,2}[.)])?[ \t]*", text[line:begin]) and text[end : end + 1] in ("\n", ""):
+        begin = line
+        stop = end + 1 if end < len(text) else end
+        if stop == len(text) and begin:
+            begin -= 1
+    elif text[stop : stop + 1] == " ":
+        stop += 1
+    left = text[:begin] + text[stop:]
+    return Planted(left, "finding_dropped", begin, begin, fact) if left.strip() else None
+
+
+def _sentence(text: str, fact: Fact) -> tuple[int, int]:
+    for start, end in find_sentences(text):
+        if start <= fact.start < end:
+            return start, end
+    return fact.start, fact.end
+
+
+_PLANTS: dict[str, Callable[[str, Sequence[Fact], Fact, np.random.Generator], Planted | None]] = {
+    "negation": _negate, "side": _turn, "number": _alter, "finding_dropped": _drop,
+}  # fmt: skip
