@@ -1,4 +1,4 @@
-"""Generation in batches: sorted by length, padded on the left, with a cache; and drafts checked against their source."""
+"""Generation in batches, sorted by length and padded on the left; and drafts checked against their source."""
 
 from __future__ import annotations
 

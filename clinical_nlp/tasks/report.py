@@ -95,7 +95,7 @@ def read_pairs(corpus: Corpus, kind: str | None) -> tuple[str, list[Pair], dict[
 
 
 def discharge_pairs(corpus: Corpus) -> tuple[list[Pair], dict[str, int]]:
-    """Make a pair of each encounter: its earlier notes in order of time, each below its type, and its discharge summary.
+    """Make a pair of each encounter: its notes in order of time, each below its type, and the discharge summary.
 
     The last discharge summary of an encounter is the target; notes written after it are no source. Notes without a
     date come first, in the order of the table.

@@ -118,7 +118,7 @@ def test_what_is_too_long_is_refused_cut_or_left_out_and_counted(base):
 def test_the_longest_report_sets_the_room_but_never_takes_half_the_window(base):
     assert task_for(base, max_new_tokens=None, targets=["x" * 10, "x" * 30]).max_new_tokens == 31
     assert task_for(base, max_new_tokens=None, targets=["x" * 300]).max_new_tokens == 64
-    with pytest.raises(ConfigError, match="leave .* tokens for a source"):
+    with pytest.raises(ConfigError, match=r"leave .* tokens for a source"):
         task_for(base, max_new_tokens=120)
     with pytest.raises(ConfigError, match="longer than the 256 positions"):
         task_for(base, window=512)

@@ -1,0 +1,232 @@
+"""The page of a report run: scores beside baselines, and drafts beside their references, with every doubt marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clinical_nlp.errors import RunError
+from clinical_nlp.reporting.model_card import making, origin, phi_text
+from clinical_nlp.reporting.page import (
+    Marked,
+    Notice,
+    Points,
+    Section,
+    SideBySide,
+    Table,
+    Text,
+    interval,
+    page,
+)
+from clinical_nlp.reporting.plots import number
+from clinical_nlp.runs import Run
+
+SHOWN = 6
+"""Notes shown of each sample."""
+SYSTEMS = {
+    "test": "this run",
+    "before": "before tuning",
+    "baseline_copy_longest": "longest part copied",
+    "baseline_nearest": "nearest training source",
+    "baseline_zero_shot": "base model, only told",
+}
+_NAMES = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bertscore": "BERTScore",
+}
+_ERRORS = ("unsupported", "flipped", "flipped_source", "numbers_wrong", "sides_wrong")
+
+
+def report_page(run: Run) -> str:
+    """Render the page from what the run recorded; it holds note text."""
+    manifest = run.manifest
+    drafts, errors = _drafts(run)
+    order = sorted(range(len(drafts)), key=lambda row: (-errors[row], drafts[row]["pair_id"]))
+    worst = order[:SHOWN]
+    rest = [row for row in range(len(drafts)) if row not in set(worst)]
+    sample = sorted(np.random.default_rng(manifest.get("seed") or 0).permutation(rest)[:SHOWN].tolist()) if rest else []
+    sections = [
+        Section("", [_headline(run, drafts), *_changes(run)]),
+        Section("What was measured", [_scores(run), Text(_METHOD)]),
+        Section("What was cut, left out or not finished", [Points(_left_out(manifest))]),
+        Section("The worst of the held-out notes", _shown(drafts, worst, errors)),
+        Section("A random sample of the others", _shown(drafts, sample, errors)),
+        Section("What it was made from", [Table([], origin(run))]),
+        Section("How it was made", [Table([], making(run)), Text(phi_text(run))]),
+    ]
+    base = manifest.get("base_model")
+    return page(
+        f"report: {run.path.name}",
+        sections,
+        subtitle=f"{str(manifest.get('kind', '')).replace('_', ' ')}; base model "
+        f"{base.get('name') if isinstance(base, dict) else base}",
+        footer="Rendered from metrics.json, scores.parquet, generated.parquet and manifest.json of the run. Every "
+        "generated text is a draft, unreviewed. Not for clinical decisions.",
+    )
+
+
+_METHOD = (
+    "Intervals resample patients, not notes; they say nothing about other institutions. Facts are what the package's "
+    "own extractor reads in a text: findings with their assertion and side, drugs with dose, procedures, plan items. "
+    "Precision and recall are against the reference; the invention rate is the share of generated facts that the "
+    "source does not hold. The extractor errs too: what it marks is to be looked at, and what it does not mark is not "
+    "proved."
+)
+
+
+def _drafts(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
+    """Read the drafts, and of each how many errors it has."""
+    import pyarrow.parquet as pq
+
+    files = [run.path / name for name in ("generated.parquet", "scores.parquet")]
+    for file in files:
+        if not file.is_file():
+            raise RunError(f"{file} is missing; run it again in a new directory")
+    rows: list[dict[str, Any]] = pq.read_table(files[0]).to_pylist()
+    scores = [row for row in pq.read_table(files[1]).to_pylist() if row["system"] == "test"]
+    by_pair = {row["pair_id"]: sum(int(row.get(name) or 0) for name in _ERRORS) for row in scores}
+    return rows, [by_pair.get(row["pair_id"], 0) for row in rows]
+
+
+def _headline(run: Run, drafts: Sequence[dict[str, Any]]) -> Notice:
+    found = run.metrics
+
+    def said(name: str) -> str:
+        entry = found.get(name, {})
+        value = entry.get("value")
+        if value is None:
+            return "not defined"
+        return f"{number(value)} ({interval(entry.get('low'), entry.get('high'))})"
+
+    entry = found.get("test.fact_f1", {})
+    patients = entry.get("n_patients", 0)
+    return Notice(
+        f"{len(drafts)} notes of {patients} held-out patients ({entry.get('part', 'test')} part). Clinical-fact F1 "
+        f"{said('test.fact_f1')}; of what it states, {said('test.invention_rate')} is not in the source; "
+        f"of the facts in both, {said('test.flipped_rate')} have their assertion flipped. A reader has to check every "
+        "draft against its source.",
+        tone="caution",
+        heading="Drafts, unreviewed",
+    )
+
+
+def _changes(run: Run) -> list[Any]:
+    rows = [
+        [_name(key.removeprefix("change.")), entry["value"], interval(entry.get("low"), entry.get("high")),
+         entry.get("note", "")]
+        for key, entry in run.metrics.items()
+        if key.startswith("change.")
+    ]  # fmt: skip
+    if not rows:
+        return []
+    caption = "After tuning minus before, on the same notes; intervals resample patients, both sides together."
+    return [Table(["change", "value", "95 % interval", "remark"], rows, caption)]
+
+
+def _name(metric: str) -> str:
+    return _NAMES.get(metric, metric.replace("_", " "))
+
+
+def _scores(run: Run) -> Table:
+    """One row a metric, one column a system."""
+    systems = [name for name in SYSTEMS if any(key.startswith(f"{name}.") for key in run.metrics)]
+    metrics = list(dict.fromkeys(key.partition(".")[2] for key in run.metrics if key.partition(".")[0] in systems))
+    rows = []
+    for metric in metrics:
+        row: list[Any] = [_name(metric)]
+        for system in systems:
+            entry = run.metrics.get(f"{system}.{metric}")
+            if entry is None:
+                row.append("")
+            elif entry["value"] is None:
+                row.append(entry.get("note") or "undefined")
+            else:
+                row.append(f"{number(entry['value'])} ({interval(entry.get('low'), entry.get('high'))})")
+        rows.append(row)
+    sizes = {
+        system: next(entry for key, entry in run.metrics.items() if key.startswith(f"{system}.")) for system in systems
+    }
+    columns = [
+        "metric",
+        *[
+            f"{SYSTEMS[name]} ({sizes[name]['n_notes']} notes, {sizes[name]['n_patients']} patients)"
+            for name in systems
+        ],
+    ]
+    return Table(columns, rows, "Value and 95 % interval; a dash where no interval is valid.")
+
+
+def _left_out(manifest: dict[str, Any]) -> list[str]:
+    window = manifest.get("window", {})
+    counts = {
+        **manifest.get("training", {}),
+    }
+    made = manifest.get("generation", {})
+    points = [
+        f"A source may have {window.get('source')} tokens and a report {window.get('report')}, of a window of "
+        f"{window.get('tokens')}; policy for what is longer: {window.get('policy')}."
+    ]
+    if "trained_on" in counts:
+        points.append(
+            f"Training: {counts['trained_on']} of {counts['pairs']} pairs; the middle of {counts['sources_cut']} "
+            f"sources was left out, {counts['sources_left_out']} pairs were left out for their source and "
+            f"{counts['reports_left_out']} for their report."
+        )
+    if "preference_pairs" in counts:
+        kinds = ", ".join(
+            f"{name.removeprefix('planted_').replace('_', ' ')} {value}"
+            for name, value in counts.items()
+            if name.startswith(("planted_", "own_"))
+        )
+        points.append(f"Preference pairs: {counts['preference_pairs']} ({kinds}).")
+    points += [
+        f"Held-out notes: the middle of {made.get('sources_cut')} sources was left out, {made.get('sources_left_out')} "
+        "notes were left out.",
+        f"{made.get('not_stopped')} of {made.get('n_notes')} drafts were ended by their length and not by the model; "
+        f"{made.get('empty')} are empty.",
+        f"{made.get('statements_unsupported')} statements are marked as not borne out by their source; "
+        f"{made.get('sentences_dropped')} sentences were dropped for that.",
+        f"{made.get('sources_also_in_training')} held-out sources are, word for word, also in the training part.",
+    ]
+    return points
+
+
+def _shown(drafts: Sequence[dict[str, Any]], rows: Sequence[int], errors: Sequence[int]) -> list[Any]:
+    if not rows:
+        return [Text("There are none.")]
+    return [_compared(drafts[row], errors[row]) for row in rows]
+
+
+def _compared(row: dict[str, Any], errors: int) -> SideBySide:
+    from clinical_nlp.tasks.faithfulness import compare_facts
+
+    found = compare_facts(row["generated"], row["reference"], source=row["source"])
+    marks: list[tuple[int, int, str, str]] = []
+    here: list[tuple[int, int, str, str]] = [(fact.start, fact.end, "caution", "left out") for fact in found.missing]
+    for pairs, why in (
+        (found.flipped_source, "the source says otherwise"),
+        (found.flipped, "the reference says otherwise"),
+        (found.numbers, "another number"),
+        (found.sides, "another side"),
+    ):
+        marks += [(fact.start, fact.end, "bad", f"{why}: {_label(fact)}") for fact, _ in pairs]
+    marks += [(fact.start, fact.end, "bad", f"not in the source: {_label(fact)}") for fact in found.unsupported]
+    marks += [(fact.start, fact.end, "caution", "not in the reference") for fact in found.extra]
+    # Of two marks on one passage the worse is shown.
+    marks.sort(key=lambda mark: (mark[0], mark[2] != "bad"))
+    stopped = "" if row["stopped"] else "; ended by its length"
+    columns = [
+        ("Source", Marked(row["source"])),
+        ("Reference", Marked(row["reference"], here)),
+        (f"Generated: {row['status']}{stopped}", Marked(row["generated"], marks)),
+    ]
+    return SideBySide(columns, f"Note {row['pair_id']}: {errors} {'error' if errors == 1 else 'errors'} found.")
+
+
+def _label(fact: Any) -> str:
+    details = [fact.presence, fact.side, None if fact.value is None else number(fact.value), fact.unit]
+    return ", ".join([str(fact.label or fact.name), *[str(detail) for detail in details if detail]])
