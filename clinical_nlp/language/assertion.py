@@ -265,7 +265,7 @@ def _decide(
         rule = cue.rule
         if cue.start == skip:
             continue
-        if cue.end > start and not (cue.start == start and cue.end < end and rule.direction == "forward"):
+        if cue.end > start and not (cue.start <= start and cue.end < end and rule.direction == "forward"):
             continue
         if rule.kind == "end":
             # `no rash, the shakes or fever`: an article or adjective ends a list only where no `or` is to come.

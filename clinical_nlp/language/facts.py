@@ -193,11 +193,24 @@ def names_of(name: str) -> frozenset[str]:
     return frozenset(_stem(word.lower()) for text in texts for word in _words(text) if word.isalpha())
 
 
+@lru_cache(maxsize=1)
+def _above() -> dict[str, tuple[str, ...]]:
+    """Return the broader concepts that the table of findings names."""
+    key = {row["name"]: _exact(row["name"]) or row["name"] for row in _rows("findings.csv")}
+    return {
+        key[row["name"]]: tuple(key[n] for n in _split(row["broader"]))
+        for row in _rows("findings.csv")
+        if row["broader"]
+    }
+
+
 @lru_cache(maxsize=20_000)
 def broader(name: str) -> frozenset[str]:
-    """Return the HPO ancestors of a concept; empty for what is not of HPO."""
+    """Return the concepts that a concept is a kind of: its ancestors in HPO, and what the table of findings says."""
     terminology = _annotator().terminology
-    return terminology.ancestors(name) if name in terminology else frozenset()
+    above = terminology.ancestors(name) if name in terminology else frozenset()
+    own = _above().get(name, ())
+    return above.union(own, *(broader(parent) for parent in own))
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -227,9 +240,9 @@ def read_facts(text: str) -> list[Fact]:
         return []
     tokens = tokens_of(text)
     sections, sentences = find_sections(text), find_sentences(text)
-    headers = [(s.header_start, s.header_end) for s in sections if s.named]
+    headers = [(s.header_start, s.header_end) for s in sections if s.named and not _is_entry(text, s)]
     skipped = _skipped(text, tokens, headers)
-    concepts = _concepts(text, tokens, sections, skipped)
+    concepts = _concepts(text, tokens, skipped)
     owner = [-1] * len(tokens)
     for number, concept in enumerate(concepts):
         owner[concept.first : concept.last] = [number] * (concept.last - concept.first)
@@ -248,6 +261,17 @@ def read_facts(text: str) -> list[Fact]:
     for number, (_, _, name) in enumerate(phrases, start=len(concepts)):
         facts.append(_fact(text, spans[number], "phrase", name, asserted[number], sides.get(number)))
     return sorted([*facts, *numbers], key=lambda fact: (fact.start, fact.end))
+
+
+_MARKED = re.compile(r"[ \t]*(?:[-*•·▪◦+]|\d{1,2}[.)])[ \t]+$")
+
+
+def _is_entry(text: str, section: Section) -> bool:
+    """Whether what looks like a header is a statement: an unknown heading, or an entry of a list (`- CXR`)."""
+    if section.category == "other":
+        return True
+    line = text.rfind("\n", 0, section.header_start) + 1
+    return _MARKED.match(text[line : section.header_start]) is not None and text[section.header_end :][:1] in ("\n", "")
 
 
 _OVER = re.compile(r"resolv|subsid|no longer|gone|went away|cleared|disappear|abated|settled|free of", re.IGNORECASE)
@@ -283,7 +307,7 @@ def _skipped(text: str, tokens: list[_Token], headers: list[tuple[int, int]]) ->
     return out
 
 
-def _concepts(text: str, tokens: list[_Token], sections: list[Section], skipped: list[bool]) -> list[_Concept]:
+def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Concept]:
     """Find concepts of the tables and of HPO; the longer one wins, of equal ones that of the tables."""
     letters = [c for c in text if c.isalpha()]
     lower = sum(c.islower() for c in letters)
@@ -293,23 +317,24 @@ def _concepts(text: str, tokens: list[_Token], sections: list[Section], skipped:
         found.append((-(tokens[last - 1].end - tokens[first].start), 0, first, entry.kind, entry.name))
     ends = {(-f[0], f[2]): f for f in found}
     starts = [token.start for token in tokens]
-    section_starts = [section.start for section in sections]
     for match in _annotator().match(text):
         first = bisect_right(starts, match.start) - 1
-        section = sections[bisect_right(section_starts, match.start) - 1]
-        heading = section.named and section.header_start <= match.start < section.header_end
-        if not heading and (match.end - match.start, first) not in ends:
-            found.append((match.start - match.end, 1, first, "finding", match.concept_id))
-            ends[match.end - match.start, first] = found[-1]
+        if (match.end - match.start, first) not in ends:
+            # `bleeding or skin lesions`: a name that reaches over a conjunction gives way to one that does not.
+            joined = _JOINED.search(text, match.start, match.end) is not None
+            found.append((match.start - match.end, 2 if joined else 1, first, "finding", match.concept_id))
     concepts: list[_Concept] = []
     taken = bytearray(len(tokens))
-    for size, _, first, kind, name in sorted(found):
+    for size, _, first, kind, name in sorted(found, key=lambda f: (f[1] == 2, f)):
         last = bisect_left(starts, tokens[first].start - size)
         if any(taken[first:last]) or skipped[first]:
             continue
         taken[first:last] = b"\1" * (last - first)
         concepts.append(_Concept(first, last, kind, name))
     return sorted(concepts)
+
+
+_JOINED = re.compile(r"[,;]|\b(?:and|or|nor)\b", re.IGNORECASE)
 
 
 def _look_up(text: str, tokens: list[_Token], skipped: list[bool], one_case: bool) -> Iterator[tuple[int, int, _Entry]]:
@@ -329,7 +354,7 @@ def _look_up(text: str, tokens: list[_Token], skipped: list[bool], one_case: boo
         look, words = at + 1, 1
         while True:
             for entry in node.get("", ()):
-                if _fits(text, tokens[at:look], entry, one_case):
+                if _fits(text, tokens, at, look, entry, one_case):
                     best = (look, entry)
             while look < count and (tokens[look].text in FREE or tokens[look].text in _INSIDE):
                 look += 1
@@ -349,20 +374,35 @@ def _look_up(text: str, tokens: list[_Token], skipped: list[bool], one_case: boo
             at = best[0]
 
 
-def _fits(text: str, words: Sequence[_Token], entry: _Entry, one_case: bool) -> bool:
+def _fits(text: str, tokens: list[_Token], first: int, last: int, entry: _Entry, one_case: bool) -> bool:
+    """Whether the words at [first, last) are a name, and not a word that only looks like an abbreviation."""
     if entry.form:
-        written = text[words[0].start : words[-1].end]
+        written = text[tokens[first].start : tokens[last - 1].end]
+        lower = written.lower()
+        if one_case and lower in _NEVER_ALONE:
+            return lower == entry.form.lower() and _apart(tokens, first, last)
         if written == entry.form:
             return True
-        lower = written.lower()
-        if lower.removesuffix("s") != entry.form.lower() and lower != entry.form.lower():
+        if entry.form.lower() not in (lower, lower.removesuffix("s")):
             return False
-        if lower not in _WORDLIKE and len(lower) > 2:
-            return True
-        return one_case and lower not in _NEVER_ALONE
+        return one_case or (lower not in _WORDLIKE and len(lower) > 2)
     if entry.single:
-        return same_single(entry.single, light(words[0].text))
+        return same_single(entry.single, light(tokens[first].text))
     return True
+
+
+_EDGES = frozenset(("\n", ".", ",", ";", ":", "(", ")", "-", "*", "•", "/"))
+
+
+_LEADING = frozenset(
+    ("no", "possible", "probable", "likely", "of", "with", "without", "or", "and", "denies", "severe", "mild")
+)
+
+
+def _apart(tokens: list[_Token], first: int, last: int) -> bool:
+    """Whether the words stand between line breaks or punctuation, as an entry of a list does."""
+    before = first == 0 or tokens[first - 1].text in _EDGES or tokens[first - 1].text in _LEADING
+    return before and (last == len(tokens) or tokens[last].text in _EDGES or tokens[last].text in ("or", "and"))
 
 
 # -- phrases ---------------------------------------------------------------------------------------------------------
@@ -492,7 +532,7 @@ _UNITS = {
 _DOSES = frozenset(("mg", "mcg", "g", "ml", "unit", "meq", "mmol", "mcg/kg", "mg/kg", "mg/ml", "tablet", "puff",
                     "drop", "mg/h"))  # fmt: skip
 _TIMES = frozenset(("day", "week", "month", "year", "hour", "minute"))
-_SPELLED = {word: value for value, word in enumerate(
+_SPELLED: dict[str, float] = {word: value for value, word in enumerate(
     ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
      "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"))}  # fmt: skip
 _SPELLED.update({"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
@@ -521,6 +561,7 @@ _FREQUENCY = re.compile(
     r"|(?P<night>nightly|qhs|at bedtime|at night|every night|hs))(?!\w)",
     re.IGNORECASE,
 )
+_FREQUENCY = re.compile(_FREQUENCY.pattern.replace(" ", r"\s"), re.IGNORECASE)
 _PER_DAY = {"qid": 4.0, "tid": 3.0, "bid": 2.0, "day": 1.0, "night": 1.0}
 _AGE = re.compile(
     r"(?<![\w.])(?P<value>\d{1,3})[ -]?(?:(?:years?|yrs?|y)[ -]?(?:old|o\b)|y/o|yo\b|yom\b|yof\b)", re.IGNORECASE
@@ -533,6 +574,8 @@ _QUANTITY = re.compile(
     rf"|(?<!\w)(?P<word>{_WORDED})(?:[ -](?:or|to) ?(?P<high2>{_WORDED}))?[ -](?:more )?(?P<unit2>{_UNIT})(?!\w)",
     re.IGNORECASE,
 )
+# A quantity may be broken at the end of a line.
+_AGE, _QUANTITY = (re.compile(found.pattern.replace(" ", r"\s"), re.IGNORECASE) for found in (_AGE, _QUANTITY))
 _MEASURED = {
     "t": "temperature", "temp": "temperature", "tmax": "temperature", "hr": "pulse", "rate": "pulse", "p": "pulse",
     "rr": "respiration", "resp": "respiration", "respirations": "respiration", "bp": "pressure",
@@ -577,6 +620,15 @@ def _numbers(
                 return concepts[number].name
         return ""
 
+    def drug_before(start: int, end: int) -> str:
+        """Name the drug of the sentence, else one shortly before in the same paragraph (`... TABLET\\n2 DAILY`)."""
+        name = anchor(start, end, ("drug",))
+        at = bisect_left(places, start) - 1
+        if not name and at >= 0 and concepts[at].kind == "drug":
+            between = text[places[at] : start]
+            name = concepts[at].name if len(between) < 80 and "\n\n" not in between and ". " not in between else ""
+        return name
+
     def take(start: int, end: int) -> bool:
         if any(busy[start:end]):
             return False
@@ -593,8 +645,9 @@ def _numbers(
         if take(*found.span()):
             add("age", *found.span(), float(found["value"]), "year old")
     for found in _FREQUENCY.finditer(text):
-        drug = anchor(*found.span(), ("drug",))
-        if drug and take(*found.span()):
+        drug = drug_before(*found.span())
+        sure = found["every"] or found["times"] or found["qid"] or found["tid"] or found["bid"]
+        if (drug or sure) and take(*found.span()):
             add(drug, *found.span(), _per_day(found), "/day")
     for found in _SCORE.finditer(text):
         if take(*found.span()):
@@ -610,7 +663,7 @@ def _numbers(
         unit = _UNITS.get((found["unit"] or found["unit2"] or "").lower())
         values = [found["value"] or found["word"], found["high"] or found["high2"]]
         if unit in _DOSES:
-            name = anchor(*found.span(), ("drug",)) or anchor(*found.span(), ("finding", "procedure"))
+            name = drug_before(*found.span()) or anchor(*found.span(), ("finding", "procedure"))
         elif unit in _TIMES:
             name = anchor(*found.span(), ("finding", "drug", "procedure"))
         else:
@@ -648,7 +701,7 @@ def _per_day(found: re.Match[str]) -> float:
     if found["times"]:
         return {"once": 1.0, "twice": 2.0, "thrice": 3.0}.get(found["k"].lower()) or _value(found["k"])
     if found["week"]:
-        return {"twice": 2.0, "three times": 3.0}.get((found["w"] or "").lower(), 1.0) / 7
+        return {"twice": 2.0, "three": 3.0}.get((found["w"] or "once").lower().split()[0], 1.0) / 7
     return _PER_DAY[str(found.lastgroup)]
 
 

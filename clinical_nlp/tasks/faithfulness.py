@@ -18,6 +18,7 @@ import numpy as np
 
 from clinical_nlp.language.facts import Fact, broader, is_clinical, is_plain, names_of, read_facts, tokens_of
 from clinical_nlp.language.sentences import find_sentences
+from clinical_nlp.language.terminology.normalization import FREE
 from clinical_nlp.runs import Estimate
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 
@@ -96,8 +97,10 @@ class _Said:
 class _Text:
     said: tuple[_Said, ...]
     numbers: tuple[_Said, ...]
+    spans: tuple[tuple[int, int], ...]  # of each sentence
     keys: tuple[tuple[str, ...], ...]  # the words of each sentence
-    stems: tuple[frozenset[str], ...]  # the stems of each sentence, with those of the other names of its concepts
+    words: tuple[frozenset[str], ...]  # the stems of each sentence
+    stems: tuple[frozenset[str], ...]  # with those of the other names of its concepts
     all_stems: frozenset[str]
 
 
@@ -114,6 +117,7 @@ def _read(text: str) -> _Text:
                 continue  # the number of a list item
             words[at].append(token.text)
             stems[at].add(token.stem)
+    plain = tuple(frozenset(found) for found in stems)
     said, numbers = [], []
     for fact in read_facts(text):
         at = max(0, bisect_right(starts, fact.start) - 1)
@@ -129,7 +133,9 @@ def _read(text: str) -> _Text:
         if fact.kind != "phrase":
             stems[at] |= names_of(fact.name)
     sets = tuple(frozenset(found) for found in stems)
-    return _Text(tuple(said), tuple(numbers), tuple(map(tuple, words)), sets, frozenset().union(*sets))
+    return _Text(
+        tuple(said), tuple(numbers), tuple(sentences), tuple(map(tuple, words)), plain, sets, frozenset().union(*sets)
+    )
 
 
 def _content(fact: Fact) -> frozenset[str]:
@@ -195,6 +201,8 @@ def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> 
     sides: list[tuple[Fact, Fact]] = []
     new: list[_Said] = []
     lost: list[_Said] = []
+    again_made: list[_Said] = []
+    again_wanted: list[_Said] = []
     names = dict.fromkeys(s.fact.name for s in (*rest_made, *rest_wanted) if s.fact.kind != "phrase")
     for name in names:
         own = [s for s in rest_made if s.fact.name == name]
@@ -208,12 +216,13 @@ def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> 
                 theirs.remove(turned)
         if own and theirs:  # the same concept, neither alike nor opposite: what may come, against what is
             own, theirs = own[len(theirs) :], theirs[len(own) :]
-        _unpaired(own, wanted, flipped, new, swap=False)
-        _unpaired(theirs, made, flipped, lost, swap=True)
-    _relate(new, lost, flipped)
+        again_made += _unpaired(own, wanted, flipped, new, swap=False)
+        again_wanted += _unpaired(theirs, made, flipped, lost, swap=True)
+    _relate(new, lost, again_made, again_wanted, flipped)
     new = [said for said in new if not _worded(said, wanted)]
     lost = [said for said in lost if not _worded(said, made)]
     more, less = _phrases(rest_made, rest_wanted, made, wanted, flipped, sides)
+    _reworked(made, wanted, flipped, sides)
     numbers, numbers_new, numbers_lost, numbers_compared = _numbers(made, wanted)
     generated, reference = _distinct(made), _distinct(wanted)
     wrong = {id(pair[0]) for pair in (*flipped, *sides)} | {id(pair[1]) for pair in (*flipped, *sides)}
@@ -275,11 +284,13 @@ def _pair_off(own: list[_Said], theirs: list[_Said], sides: list[tuple[Fact, Fac
 
 def _unpaired(
     rest: list[_Said], text: _Text, flipped: list[tuple[Fact, Fact]], new: list[_Said], *, swap: bool
-) -> None:
-    """Sort mentions without a counterpart: said again, said otherwise elsewhere, or not said at all."""
+) -> list[_Said]:
+    """Sort mentions without a counterpart: said otherwise elsewhere, not said at all, or (returned) said again."""
+    again = []
     for said in rest:
         others = [other for other in text.said if other.fact.name == said.fact.name]
         if any(_alike(said, other) for other in others):
+            again.append(said)
             continue
         turned = next((other for other in others if _opposite(said, other)), None)
         if turned is None:
@@ -288,24 +299,41 @@ def _unpaired(
         pair = (turned.fact, said.fact) if swap else (said.fact, turned.fact)
         if not any(known[0].name == pair[0].name for known in flipped):
             flipped.append(pair)
+    return again
 
 
-def _relate(new: list[_Said], lost: list[_Said], flipped: list[tuple[Fact, Fact]]) -> None:
-    """Take out pairs of a concept and its broader one; what they say may be turned round."""
+def _relate(
+    new: list[_Said], lost: list[_Said], again_made: list[_Said], again_wanted: list[_Said],
+    flipped: list[tuple[Fact, Fact]],
+) -> None:  # fmt: skip
+    """Take out pairs of a concept and a broader one; what they say may be turned round.
+
+    A mention that its text repeats elsewhere is spare: it may be what the other text names more or less precisely.
+    """
     for said in tuple(new):
-        for other in lost:
-            near = other.fact.name in broader(said.fact.name) or said.fact.name in broader(other.fact.name)
-            if near and (_alike(said, other) or _opposite(said, other)):
+        for pool in (lost, again_wanted):
+            other = next((o for o in pool if _near(said, o) and (_alike(said, o) or _opposite(said, o))), None)
+            if other is not None:
                 if _opposite(said, other):
                     flipped.append((said.fact, other.fact))
                 new.remove(said)
-                lost.remove(other)
+                pool.remove(other)
                 break
+    for said in tuple(lost):
+        other = next((o for o in again_made if _near(said, o) and _alike(said, o)), None)
+        if other is not None:
+            lost.remove(said)
+            again_made.remove(other)
+
+
+def _near(one: _Said, other: _Said) -> bool:
+    return other.fact.name in broader(one.fact.name) or one.fact.name in broader(other.fact.name)
 
 
 def _worded(said: _Said, text: _Text) -> bool:
     """Whether one sentence of the other text holds all words of a concept, though not as that concept."""
-    return bool(said.stems) and any(said.stems <= stems for stems in text.stems)
+    own = {token.stem for token in tokens_of(said.fact.label) if token.stem and token.text not in FREE}
+    return bool(own) and any(own <= words for words in text.words)
 
 
 def _phrases(
@@ -319,7 +347,8 @@ def _phrases(
         if best is None or _overlap(said.stems, best.stems) < 0.5:
             continue
         if _opposite(said, best):
-            flipped.append((said.fact, best.fact))
+            if not _carried(said, made, best, wanted):
+                flipped.append((said.fact, best.fact))
         elif said.fact.side and best.fact.side and said.fact.side != best.fact.side:
             sides.append((said.fact, best.fact))
         own.remove(said)
@@ -328,6 +357,55 @@ def _phrases(
     more = [said for said in own if _novel(said, wanted, made, changed[1])]
     less = [said for said in theirs if _novel(said, made, wanted, changed[0])]
     return more, less
+
+
+def _carried(said: _Said, made: _Text, other: _Said, wanted: _Text) -> bool:
+    """Whether a phrase stands with a concept that both texts assert alike: it is said of that, not by itself."""
+    own = [s for s in made.said if s.sentence == said.sentence and s.fact.kind != "phrase"]
+    theirs = [s for s in wanted.said if s.sentence == other.sentence and s.fact.kind != "phrase"]
+    return any(a.fact.name == b.fact.name and _alike(a, b) for a in own for b in theirs)
+
+
+_NEGATIONS = frozenset(("no", "denies", "denied", "deny", "denying", "without", "negative", "absent", "never"))
+_AFFIRMATIONS = frozenset(
+    ("reports", "reported", "report", "reporting", "with", "positive", "present", "has", "have", "is")
+)
+_SIDE_WORDS = {"left": "left", "right": "right", "l": "left", "r": "right", "lt": "left", "rt": "right",
+               "bilateral": "bilateral", "bilat": "bilateral"}  # fmt: skip
+
+
+def _reworked(made: _Text, wanted: _Text, flipped: list[tuple[Fact, Fact]], sides: list[tuple[Fact, Fact]]) -> None:
+    """See sentences that are the same but for a negation or a side, whatever else could be read in them."""
+    shared = Counter(made.keys) & Counter(wanted.keys)
+    done = {pair[k].start for pair in (*flipped, *sides) for k in (0, 1)}
+    by_rest: dict[tuple[str, ...], list[int]] = {}
+    for at, key in enumerate(wanted.keys):
+        if not shared[key]:
+            by_rest.setdefault(_bare(key), []).append(at)
+    for at, key in enumerate(made.keys):
+        bare = _bare(key)
+        if shared[key] or not bare or not by_rest.get(bare):
+            continue
+        other = by_rest[bare].pop(0)
+        pair = (_whole(made, at, key), _whole(wanted, other, wanted.keys[other]))
+        spans = [text.spans[place] for text, place in ((made, at), (wanted, other))]
+        if any(start <= place < end for start, end in spans for place in done):
+            continue
+        theirs = wanted.keys[other]
+        if any(word in _NEGATIONS for word in key) != any(word in _NEGATIONS for word in theirs):
+            flipped.append(pair)
+        elif [_SIDE_WORDS[w] for w in key if w in _SIDE_WORDS] != [_SIDE_WORDS[w] for w in theirs if w in _SIDE_WORDS]:
+            sides.append(pair)
+
+
+def _bare(key: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(w for w in key if w not in _NEGATIONS and w not in _AFFIRMATIONS and w not in _SIDE_WORDS)
+
+
+def _whole(text: _Text, at: int, key: tuple[str, ...]) -> Fact:
+    start, end = text.spans[at]
+    presence = "absent" if any(word in _NEGATIONS for word in key) else "present"
+    return Fact("phrase", " ".join(_bare(key)), " ".join(key), start, end, presence)
 
 
 def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
