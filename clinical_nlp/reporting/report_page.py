@@ -37,7 +37,17 @@ _NAMES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "bertscore": "BERTScore",
+    "fact_f1": "clinical-fact F1",
+    "fact_precision": "clinical-fact precision",
+    "fact_recall": "clinical-fact recall",
+    "flipped_rate": "flipped, against the reference",
+    "flipped_source_rate": "flipped, against the source",
+    "error_rate": "notes with any error or gap",
+    "section_f1": "sections F1",
+    "section_rougeL": "ROUGE-L within sections",
 }
+_FIRST = ("fact_f1", "fact_precision", "fact_recall", "invention_rate", "flipped_rate", "flipped_source_rate",
+          "error_rate")  # fmt: skip
 _ERRORS = ("unsupported", "flipped", "flipped_source", "numbers_wrong", "sides_wrong")
 
 
@@ -88,7 +98,7 @@ def _drafts(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
             raise RunError(f"{file} is missing; run it again in a new directory")
     rows: list[dict[str, Any]] = pq.read_table(files[0]).to_pylist()
     scores = [row for row in pq.read_table(files[1]).to_pylist() if row["system"] == "test"]
-    by_pair = {row["pair_id"]: sum(int(row.get(name) or 0) for name in _ERRORS) for row in scores}
+    by_pair = {row["pair_id"]: sum(int(row.get(f"facts_{name}") or 0) for name in _ERRORS) for row in scores}
     return rows, [by_pair.get(row["pair_id"], 0) for row in rows]
 
 
@@ -96,11 +106,7 @@ def _headline(run: Run, drafts: Sequence[dict[str, Any]]) -> Notice:
     found = run.metrics
 
     def said(name: str) -> str:
-        entry = found.get(name, {})
-        value = entry.get("value")
-        if value is None:
-            return "not defined"
-        return f"{number(value)} ({interval(entry.get('low'), entry.get('high'))})"
+        return _value(found.get(name))
 
     entry = found.get("test.fact_f1", {})
     patients = entry.get("n_patients", 0)
@@ -132,32 +138,34 @@ def _name(metric: str) -> str:
 
 
 def _scores(run: Run) -> Table:
-    """One row a metric, one column a system."""
+    """One row a metric, facts first, one column a system; what is defined for no system is named below."""
     systems = [name for name in SYSTEMS if any(key.startswith(f"{name}.") for key in run.metrics)]
-    metrics = list(dict.fromkeys(key.partition(".")[2] for key in run.metrics if key.partition(".")[0] in systems))
-    rows = []
+    found = list(dict.fromkeys(key.partition(".")[2] for key in run.metrics if key.partition(".")[0] in systems))
+    metrics = [*[name for name in _FIRST if name in found], *[name for name in found if name not in _FIRST]]
+    rows, undefined = [], []
     for metric in metrics:
-        row: list[Any] = [_name(metric)]
-        for system in systems:
-            entry = run.metrics.get(f"{system}.{metric}")
-            if entry is None:
-                row.append("")
-            elif entry["value"] is None:
-                row.append(entry.get("note") or "undefined")
-            else:
-                row.append(f"{number(entry['value'])} ({interval(entry.get('low'), entry.get('high'))})")
-        rows.append(row)
+        entries = [run.metrics.get(f"{system}.{metric}") for system in systems]
+        if all(entry is None or entry["value"] is None for entry in entries):
+            reason = next((entry["note"] for entry in entries if entry is not None), "").removeprefix("undefined: ")
+            undefined.append(f"{_name(metric)} ({reason})")
+        else:
+            rows.append([_name(metric), *[_value(entry) for entry in entries]])
     sizes = {
         system: next(entry for key, entry in run.metrics.items() if key.startswith(f"{system}.")) for system in systems
     }
     columns = [
-        "metric",
-        *[
-            f"{SYSTEMS[name]} ({sizes[name]['n_notes']} notes, {sizes[name]['n_patients']} patients)"
-            for name in systems
-        ],
+        f"{SYSTEMS[name]} ({sizes[name]['n_notes']} notes, {sizes[name]['n_patients']} patients)" for name in systems
     ]
-    return Table(columns, rows, "Value and 95 % interval; a dash where no interval is valid.")
+    caption = "Value and 95 % interval; a dash where no interval is valid or there is nothing to count."
+    if undefined:
+        caption += f" Not defined here: {'; '.join(undefined)}."
+    return Table(["metric", *columns], rows, caption)
+
+
+def _value(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "–"
+    return f"{number(entry['value'])} ({interval(entry.get('low'), entry.get('high'))})"
 
 
 def _left_out(manifest: dict[str, Any]) -> list[str]:
@@ -198,10 +206,11 @@ def _left_out(manifest: dict[str, Any]) -> list[str]:
 def _shown(drafts: Sequence[dict[str, Any]], rows: Sequence[int], errors: Sequence[int]) -> list[Any]:
     if not rows:
         return [Text("There are none.")]
-    return [_compared(drafts[row], errors[row]) for row in rows]
+    return [block for row in rows for block in _compared(drafts[row], errors[row])]
 
 
-def _compared(row: dict[str, Any], errors: int) -> SideBySide:
+def _compared(row: dict[str, Any], errors: int) -> list[SideBySide | Points]:
+    """Show one note with its marks, and below it every mark in words."""
     from clinical_nlp.tasks.faithfulness import compare_facts
 
     found = compare_facts(row["generated"], row["reference"], source=row["source"])
@@ -215,7 +224,12 @@ def _compared(row: dict[str, Any], errors: int) -> SideBySide:
     ):
         marks += [(fact.start, fact.end, "bad", f"{why}: {_label(fact)}") for fact, _ in pairs]
     marks += [(fact.start, fact.end, "bad", f"not in the source: {_label(fact)}") for fact in found.unsupported]
-    marks += [(fact.start, fact.end, "caution", "not in the reference") for fact in found.extra]
+    taken = {mark[:2] for mark in marks}
+    marks += [
+        (fact.start, fact.end, "caution", "not in the reference")
+        for fact in found.extra
+        if (fact.start, fact.end) not in taken
+    ]
     # Of two marks on one passage the worse is shown.
     marks.sort(key=lambda mark: (mark[0], mark[2] != "bad"))
     stopped = "" if row["stopped"] else "; ended by its length"
@@ -224,9 +238,22 @@ def _compared(row: dict[str, Any], errors: int) -> SideBySide:
         ("Reference", Marked(row["reference"], here)),
         (f"Generated: {row['status']}{stopped}", Marked(row["generated"], marks)),
     ]
-    return SideBySide(columns, f"Note {row['pair_id']}: {errors} {'error' if errors == 1 else 'errors'} found.")
+    told = "error" if errors == 1 else "errors"
+    blocks: list[SideBySide | Points] = [SideBySide(columns, f"Note {row['pair_id']}: {errors} {told} found.")]
+    said: dict[str, list[str]] = {}
+    for start, end, _, why in [*marks, *here]:
+        reason, _, detail = why.partition(": ")
+        text = row["reference"] if reason == "left out" else row["generated"]
+        shown = text[start:end] + (f" ({detail})" if detail else "")
+        if shown not in said.setdefault(reason, []):
+            said[reason].append(shown)
+    if said:
+        blocks.append(
+            Points([f"{reason[0].upper()}{reason[1:]}: {'; '.join(shown)}" for reason, shown in said.items()])
+        )
+    return blocks
 
 
 def _label(fact: Any) -> str:
     details = [fact.presence, fact.side, None if fact.value is None else number(fact.value), fact.unit]
-    return ", ".join([str(fact.label or fact.name), *[str(detail) for detail in details if detail]])
+    return ", ".join(str(detail) for detail in details if detail)

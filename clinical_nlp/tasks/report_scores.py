@@ -45,7 +45,7 @@ class Measured:
     def table(self) -> tuple[np.ndarray, list[str]]:
         """Return all columns together, and their names."""
         parts = [self.facts, self.rouge, self.sections]
-        names = [*COUNTS, *ROUGE, *SECTIONS]
+        names = [*(f"facts_{name}" for name in COUNTS), *ROUGE, *SECTIONS]
         if self.bertscore is not None:
             parts, names = [*parts, self.bertscore[:, None]], [*names, "bertscore"]
         return np.concatenate(parts, axis=1), names
@@ -184,8 +184,10 @@ def changes(before: Measured, after: Measured, patients: Sequence[str], *, part:
     summed = by_patient(patients, np.concatenate([first, ones, second, ones], axis=1))
     place = {name: at for at, name in enumerate(names)}
     wanted = {name: statistic for name, (statistic, _) in _statistics(names).items()}
-    wanted["fact_f1"] = _f1(place["matched"], place["generated"], place["reference"])
-    wanted |= {name: _ratio(place[over], place[under]) for name, (over, under) in _CHANGES.items()}
+    wanted["fact_f1"] = _f1(*(place[f"facts_{name}"] for name in ("matched", "generated", "reference")))
+    wanted |= {
+        name: _ratio(place[f"facts_{over}"], place[f"facts_{under}"]) for name, (over, under) in _CHANGES.items()
+    }
 
     def change(statistic: _Statistic) -> _Statistic:
         return lambda c: statistic(c[..., width:]) - statistic(c[..., :width])
