@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,8 @@ def run(config: ReportConfig, output: Path, *, resume: bool = False) -> Run:
 
         if parent is None:
             examples, counts = task.examples([data.pairs[row] for row in data.split.train], base.tokenizer)
-            lengths, collate, loss, settings = row_lengths(examples), task.collate, None, config.training
+            lengths, loss, settings = row_lengths(examples), None, config.training
+            collate: Callable[[Any], dict[str, Any]] = task.collate
         else:
             assert config.preference is not None
             examples, counts = preferences(config, config.preference, data, base, task)
@@ -141,10 +144,7 @@ def run(config: ReportConfig, output: Path, *, resume: bool = False) -> Run:
                 update={"epochs": config.preference.epochs, "learning_rate": config.preference.learning_rate}
             )
             loss = PreferenceLoss(config.preference.beta, config.preference.sft_weight)
-
-            def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-                return collate_preferences(rows, task.pad_token_id)
-
+            collate = partial(collate_preferences, pad_token_id=task.pad_token_id)
         before = write(config, base.network, base.tokenizer, task, first_notes(config, held_out))
         network = apply_strategy(base.network, config.strategy, seed=config.seed)
         trainable, everything = trainable_count(network)
@@ -330,9 +330,7 @@ def preferences(
         texts = [(row["prompt_ids"], row[name]) for row in rows]
         for row, nats in zip(rows, log_likelihoods(base.network, texts, pad_token_id=task.pad_token_id), strict=True):
             row[column] = float(nats)
-    kinds = {f"planted_{kind}" if kind != "own" else "own_errors": 0 for *_, kind in chosen}
-    for *_, kind in chosen:
-        kinds[f"planted_{kind}" if kind != "own" else "own_errors"] += 1
+    kinds = Counter("own_errors" if kind == "own" else f"planted_{kind}" for *_, kind in chosen)
     return Dataset.from_list(rows), {"preference_pairs": len(rows), **kinds}
 
 

@@ -153,6 +153,8 @@ SMALL = {
     "dapt": [*SMALL_CORPUS, "--max_steps", "1", "--length", "64"],
     "ner": [*SMALL_CORPUS, "--max_steps", "1"],
     "drift": [*SMALL_CORPUS, "--n_permutations", "19"],
+    "report": ["--corpus.options.institutions", "1", "--corpus.options.patients", "40", "--max_steps", "1",
+               "--zero_shot_notes", "2"],
     "merge": ["--run", "runs-dapt"],
     "adapt": [*SMALL_CORPUS, "--source", "export", "--max_steps", "1", "--n_permutations", "19"],
     "tiny": ["--institutions", "1", "--patients", "10", "--vocabulary", "400", "--hidden", "64", "--layers", "1",

@@ -132,7 +132,8 @@ def verified(draft: Draft, source: str, verify: Verify) -> Draft:
     unsupported = tuple((start, end, reason) for (start, end), reason in sorted(spans.items()))
     if verify != "drop" or not unsupported:
         return Draft(draft.text, draft.stopped, draft.tokens, unsupported)
-    kept, dropped, position = [], 0, 0
+    kept: list[str] = []
+    dropped = position = 0
     for start, end in find_sentences(draft.text):
         if any(start < stop and begin < end for begin, stop, _ in unsupported):
             dropped += 1

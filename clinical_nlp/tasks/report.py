@@ -446,11 +446,13 @@ def read_report_task(folder: Path) -> tuple[ReportTask, dict[str, Any]]:
     values = read_task(folder)
     if values.get("task") != "report":
         raise ModelError(f"run {folder} was trained for {values.get('task')}, not for report")
-    names = set(ReportTask.__dataclass_fields__)
+    known: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name in ReportTask.__dataclass_fields__
+    }
     try:
-        return ReportTask(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        ), values
+        return ReportTask(**known), values
     except TypeError:
         raise ModelError(f"{folder / 'task.json'} is damaged; train the run again") from None
 
@@ -579,7 +581,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 def preference_rows(
     task: ReportTask, prompts: Sequence[list[int]], chosen: Sequence[str], rejected: Sequence[str], tokenizer: Any
-) -> list[dict[str, list[int]]]:
+) -> list[dict[str, Any]]:
     """Return prompt, preferred and rejected report as tokens; pairs whose reports do not fit are left out."""
     good, bad = (task.encode_targets(texts, tokenizer) for texts in (chosen, rejected))
     return [
