@@ -274,8 +274,11 @@ def _is_entry(text: str, section: Section) -> bool:
     return _MARKED.match(text[line : section.header_start]) is not None and text[section.header_end :][:1] in ("\n", "")
 
 
-_OVER = re.compile(r"resolv|subsid|no longer|gone|went away|cleared|disappear|abated|settled|free of", re.IGNORECASE)
-_STILL = re.compile(r"not|un", re.IGNORECASE)
+_OVER = re.compile(
+    r"resol|subsid|no longer|gone|went away|clear|disappear|abated|settled|is over|passed|stopped|ceased|remitted|vanished"
+    r"|dissipated|recur|relief|is behind",
+    re.IGNORECASE,
+)
 
 
 def _fact(text: str, span: tuple[int, int], kind: str, name: str, assertion: Assertion, side: str | None) -> Fact:

@@ -8,6 +8,7 @@ by concept. A clause that no vocabulary knows counts as new when its words are, 
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,7 @@ ERRORS = ("flipped", "numbers", "sides", "added", "dropped", "invented")
 _OPPOSITE = frozenset((("affirmed", "denied"), ("denied", "affirmed"), ("affirmed", "over"), ("over", "affirmed")))
 _NEW = 1.0
 _NEW_ALONE = 0.5
+_NEW_ATTACHED = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class _Said:
     state: str  # affirmed, denied or over
     whose: str  # patient, other, or open: what may come
     stems: frozenset[str]
+    attached: bool = False  # a phrase with nothing but a space between it and a concept
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,10 @@ def _read(text: str) -> _Text:
             stems[at].add(token.stem)
     plain = tuple(frozenset(found) for found in stems)
     said, numbers = [], []
-    for fact in read_facts(text):
+    facts = read_facts(text)
+    concepts = [fact for fact in facts if fact.kind not in ("phrase", "number")]
+    starts_of, ends_of = [fact.start for fact in concepts], [fact.end for fact in concepts]
+    for fact in facts:
         at = max(0, bisect_right(starts, fact.start) - 1)
         if fact.kind == "number":
             numbers.append(_Said(fact, at, "affirmed", "patient", frozenset()))
@@ -129,7 +135,12 @@ def _read(text: str) -> _Text:
         if fact.modality != "actual" or (fact.kind == "finding" and fact.temporality == "future"):
             whose = "open"
         own = _content(fact)
-        said.append(_Said(fact, at, state, whose, own))
+        attached = False
+        if fact.kind == "phrase":
+            after = bisect_right(starts_of, fact.start)
+            attached = after < len(concepts) and not _BREAK.search(text, fact.end, starts_of[after])
+            attached = attached or (after > 0 and not _BREAK.search(text, ends_of[after - 1], fact.start))
+        said.append(_Said(fact, at, state, whose, own, attached))
         if fact.kind != "phrase":
             stems[at] |= names_of(fact.name)
     sets = tuple(frozenset(found) for found in stems)
@@ -138,14 +149,17 @@ def _read(text: str) -> _Text:
     )
 
 
+_BREAK = re.compile(r"[,;:.()|]|\b(?:and|or|but|nor)\b", re.IGNORECASE)
+
+
 def _content(fact: Fact) -> frozenset[str]:
     if fact.kind == "phrase":
         return frozenset(fact.name.split())
     return frozenset(token.stem for token in tokens_of(fact.label) if token.stem and not is_plain(token.text))
 
 
-def _weight(stems: Iterable[str]) -> float:
-    return sum(1.0 if is_clinical(stem) else 0.5 for stem in stems)
+def _weight(stems: Iterable[str], unknown: float = 0.5) -> float:
+    return sum(1.0 if is_clinical(stem) else unknown for stem in stems)
 
 
 def _opposite(one: _Said, other: _Said) -> bool:
@@ -414,7 +428,12 @@ def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
 
 def _novel(said: _Said, other: _Text, own: _Text, changed: set[int]) -> bool:
     """Whether a phrase says what the other text has no words for; a sentence of its own needs less to be new."""
-    weight = _weight(said.stems - other.all_stems)
+    new = said.stems - other.all_stems
+    names = {s.fact.name for s in own.said if s.sentence == said.sentence and s.fact.kind != "phrase"}
+    carried = any(s.fact.name in names for s in other.said)
+    if carried:  # words around a concept that both texts have: another way to say it, unless they name something
+        return _weight(new, 0.0 if said.attached else 0.34) >= (_NEW_ATTACHED if said.attached else _NEW)
+    weight = _weight(new)
     if weight >= _NEW:
         return True
     if weight < _NEW_ALONE:
