@@ -22,7 +22,7 @@ def model_card(run: Run) -> str:
         origin=origin(run),
         metrics=[[str(cell).replace("|", "\\|") for cell in row] for row in metric_rows(run, words=True)],
         weights="Weights trained on notes can reproduce them. Share them as you would share the notes."
-        if run.manifest.get("outputs_containphi", True)
+        if run.manifest.get("outputs_contain_phi", True)
         else "It was trained on no patient's notes.",
         making=making(run),
         config=yaml.safe_dump(run.manifest.get("config", {}), sort_keys=False, allow_unicode=True),
@@ -77,6 +77,6 @@ def making(run: Run) -> list[tuple[str, str]]:
 
 def phi_text(run: Run) -> str:
     """Say whether the run's files hold note text."""
-    if run.manifest.get("outputs_containphi", True):
+    if run.manifest.get("outputs_contain_phi", True):
         return "Its files may hold or reproduce note text: keep them where the notes may be."
     return "Its files hold no note text."

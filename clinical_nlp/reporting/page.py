@@ -172,7 +172,7 @@ def run_report(run: Run) -> None:
     found = [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
     own = next((module.report for module in found if hasattr(module, "report")), None)
     write_atomic(run.path / "report.html", own(run) if own else training_page(run))
-    if own is None:
+    if own is None or (run.path / "task.json").is_file():
         write_atomic(run.path / "model_card.md", model_card(run))
 
 
@@ -196,8 +196,8 @@ def training_page(run: Run) -> str:
             plot = interval_plot(shares, title="Metrics with their intervals", x_label="value, 95 % interval")
             measured.insert(0, Figure(plot, "Hollow: no valid interval."))
     sections = [Section("What was measured", measured)]
-    if curves := _curves(run):
-        sections.append(Section("How training went", curves))
+    if drawn := curves(run):
+        sections.append(Section("How training went", drawn))
     sections.append(Section("What it was made from", [Table([], origin(run))]))
     sections.append(Section("How it was made", [Table([], making(run)), Text(phi_text(run))]))
     return page(
@@ -212,7 +212,8 @@ def _nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _curves(run: Run) -> list[Figure]:
+def curves(run: Run) -> list[Figure]:
+    """Plot how the losses of a training went; nothing where none was logged."""
     file = run.path / "metrics.jsonl"
     if not file.is_file():
         return []

@@ -99,15 +99,31 @@ def patient_bootstrap(
         return without_interval(f"fewer than {FEWEST_PATIENTS} patients")
 
     resampled = _resample(counts, statistic, n_resamples, np.random.default_rng(seed))
+    bounds, note = percentile_interval(resampled, value, informative, confidence=confidence)
+    return Estimate(value, *bounds, n_patients, n_notes, part, note)
+
+
+def percentile_interval(
+    resampled: np.ndarray, value: float, informative: int, *, confidence: float = 0.95
+) -> tuple[tuple[float, float], str]:
+    """Return the expanded percentile interval of resampled values, or NaN twice and the reason why there is none.
+
+    Parameters
+    ----------
+    resampled : values of the statistic in bootstrap samples of patients; NaN where it is undefined.
+    value : of the statistic itself.
+    informative : patients that have anything to count.
+    """
+    none = (math.nan, math.nan)
     defined = np.isfinite(resampled)
     if defined.mean() < 0.95:
-        return without_interval("undefined in more than 5 % of resamples")
+        return none, "undefined in more than 5 % of resamples"
     resampled = resampled[defined]
     if np.ptp(resampled) <= 1e-12 * max(1.0, abs(value)):
-        return without_interval("every patient scores alike: resampling shows no spread")
+        return none, "every patient scores alike: resampling shows no spread"
     tail = _expanded_tail((1 - confidence) / 2, informative)
     low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high), n_patients, n_notes, part)
+    return (float(low), float(high)), ""
 
 
 def _expanded_tail(tail: float, n: int) -> float:
