@@ -57,9 +57,10 @@ class PreferenceConfig(Config):
     """Prefer the references over the same texts with one clinical error (DPO)."""
 
     pairs: int = Field(default=1000, ge=0)
-    """References in which an error is planted (negation, side, number, finding added, finding dropped; alike often)."""
+    """References in which an error is planted (negation, side, number, finding added or dropped; alike often)."""
     own: int = Field(default=0, ge=0)
-    """Training patients' sources for which the model itself writes; what has a clinical error is rejected too."""
+    """Sources for which the model itself writes, those of the development part first, which it did not learn from, then
+    those of the training part; what it writes with a clinical error is rejected too."""
     beta: float = Field(default=0.1, gt=0)
     """How dearly the model pays for moving away from what it was."""
     sft_weight: float = Field(default=0.2, ge=0)
@@ -303,18 +304,14 @@ def preferences(
     training = [data.pairs[row] for row in data.split.train]
     chosen: list[tuple[Pair, str, str]] = []
     order = rng.permutation(len(training))
+    vocabulary = stated_findings([training[int(place)].target for place in order[:500]])
     for place, kind in enumerate(interleaved(rng, KINDS, preference.pairs)):
         pair = training[int(order[place % len(order)])]
-        for wanted in [
-            kind,
-            *[other for other in KINDS if other != kind],
-        ]:  # a text without a number has none to change
-            planted = plant_error(pair.target, wanted, rng)
-            if planted is not None:
-                chosen.append((pair, planted.text, wanted))
-                break
+        if (found := planted(pair.target, kind, rng, vocabulary)) is not None:
+            chosen.append((pair, *found))
     if preference.own:
-        mine = [training[int(row)] for row in rng.permutation(len(training))[: preference.own]]
+        unseen = [data.pairs[row] for row in rng.permutation(data.split.development)]
+        mine = [*unseen, *(training[int(row)] for row in rng.permutation(len(training)))][: preference.own]
         for pair, draft in zip(mine, write_all(config, base, task, mine), strict=True):
             if draft is not None and has_error(draft, pair):
                 chosen.append((pair, draft.text, "own"))
@@ -332,6 +329,25 @@ def preferences(
             row[column] = float(nats)
     kinds = Counter("own_errors" if kind == "own" else f"planted_{kind}" for *_, kind in chosen)
     return Dataset.from_list(rows), {"preference_pairs": len(rows), **kinds}
+
+
+def planted(text: str, kind: str, rng: np.random.Generator, vocabulary: Sequence[str]) -> tuple[str, str] | None:
+    """Return the text with an error, and its kind: the one asked for, or another where the text has none to make."""
+    drawn = [str(term) for term in rng.choice(vocabulary, size=min(20, len(vocabulary)))] if vocabulary else None
+    others = [KINDS[int(place)] for place in rng.permutation(len(KINDS))]
+    for wanted in dict.fromkeys([kind, *others]):
+        if (found := plant_error(text, wanted, rng, vocabulary=drawn)) is not None:
+            return found.text, wanted
+    return None
+
+
+def stated_findings(reports: Sequence[str]) -> list[str]:
+    """Return the findings that reports state, in their words: what is added is as likely as what is there."""
+    from clinical_nlp.language.facts import read_facts
+
+    return sorted(
+        {text[fact.start : fact.end] for text in reports for fact in read_facts(text) if fact.kind == "finding"}
+    )
 
 
 def write_all(config: ReportConfig, base: Any, task: ReportTask, pairs: Sequence[Pair]) -> list[Draft | None]:
