@@ -54,8 +54,8 @@ _ERRORS = ("unsupported", "flipped", "flipped_source", "numbers_wrong", "sides_w
 def report_page(run: Run) -> str:
     """Render the page from what the run recorded; it holds note text."""
     manifest = run.manifest
-    drafts, errors = _drafts(run)
-    order = sorted(range(len(drafts)), key=lambda row: (-errors[row], drafts[row]["pair_id"]))
+    drafts, errors, gaps = _drafts(run)
+    order = sorted(range(len(drafts)), key=lambda row: (-errors[row], -gaps[row], drafts[row]["pair_id"]))
     worst = order[:SHOWN]
     rest = [row for row in range(len(drafts)) if row not in set(worst)]
     sample = sorted(np.random.default_rng(manifest.get("seed") or 0).permutation(rest)[:SHOWN].tolist()) if rest else []
@@ -88,8 +88,8 @@ _METHOD = (
 )
 
 
-def _drafts(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read the drafts, and of each how many errors it has."""
+def _drafts(run: Run) -> tuple[list[dict[str, Any]], list[int], list[int]]:
+    """Read the drafts, and of each how many errors it has and how many facts it leaves out."""
     import pyarrow.parquet as pq
 
     files = [run.path / name for name in ("generated.parquet", "scores.parquet")]
@@ -99,7 +99,9 @@ def _drafts(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
     rows: list[dict[str, Any]] = pq.read_table(files[0]).to_pylist()
     scores = [row for row in pq.read_table(files[1]).to_pylist() if row["system"] == "test"]
     by_pair = {row["pair_id"]: sum(int(row.get(f"facts_{name}") or 0) for name in _ERRORS) for row in scores}
-    return rows, [by_pair.get(row["pair_id"], 0) for row in rows]
+    missing = {row["pair_id"]: int(row["facts_missing"]) for row in scores}
+    errors, gaps = ([found.get(row["pair_id"], 0) for row in rows] for found in (by_pair, missing))
+    return rows, errors, gaps
 
 
 def _headline(run: Run, drafts: Sequence[dict[str, Any]]) -> Notice:
