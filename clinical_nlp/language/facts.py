@@ -14,13 +14,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clinical_nlp.language.assertion import assert_spans
 from clinical_nlp.language.mentions import Annotator
-from clinical_nlp.language.sections import Section, find_sections
+from clinical_nlp.language.sections import Section, find_sections, is_header
 from clinical_nlp.language.sentences import find_sentences
+from clinical_nlp.language.terminology import Match
 from clinical_nlp.language.terminology.normalization import FREE, heavy, light, same_single
 from clinical_nlp.notes.schema import Assertion
 
@@ -238,6 +240,7 @@ def read_facts(text: str) -> list[Fact]:
     """
     if not text.strip():
         return []
+    whole, text = text, unwrapped(text)
     tokens = tokens_of(text)
     sections, sentences = find_sections(text), find_sentences(text)
     headers = [(s.header_start, s.header_end) for s in sections if s.named and not _is_entry(text, s)]
@@ -257,10 +260,32 @@ def read_facts(text: str) -> list[Fact]:
     sides = _sides(text, tokens, starts, spans, owner, sentences)
     facts = []
     for number, concept in enumerate(concepts):
-        facts.append(_fact(text, spans[number], concept.kind, concept.name, asserted[number], sides.get(number)))
+        facts.append(_fact(whole, spans[number], concept.kind, concept.name, asserted[number], sides.get(number)))
     for number, (_, _, name) in enumerate(phrases, start=len(concepts)):
-        facts.append(_fact(text, spans[number], "phrase", name, asserted[number], sides.get(number)))
+        facts.append(_fact(whole, spans[number], "phrase", name, asserted[number], sides.get(number)))
     return sorted([*facts, *numbers], key=lambda fact: (fact.start, fact.end))
+
+
+_LONG_LINE = 40
+_NEW_ITEM = re.compile(r"[ \t]*(?:[-*•·▪◦+=#|]|\(?\d{1,2}[.)]\s|[A-Z][A-Za-z0-9/&() \-]{0,45}:|$)|.*[|\t]")
+
+
+def unwrapped(text: str) -> str:
+    """Turn the line breaks of wrapped text into spaces, character for character, so that no offset moves.
+
+    A long line that stops without punctuation goes on in the next one, unless that begins an entry or a header.
+    Capitals are no guide: some notes have them everywhere or nowhere.
+    """
+    lines = text.split("\n")
+    if len(lines) == 1:
+        return text
+    pieces = [lines[0]]
+    for line, following in pairwise(lines):
+        end = line.rstrip()[-1:]
+        goes_on = len(line) >= _LONG_LINE and end not in ("", ".", "!", "?", ":", ";", "|") and "|" not in line
+        goes_on = goes_on and not _NEW_ITEM.match(following) and not is_header(following) and not is_header(line)
+        pieces.append((" " if goes_on else "\n") + following)
+    return "".join(pieces)
 
 
 _MARKED = re.compile(r"[ \t]*(?:[-*•·▪◦+]|\d{1,2}[.)])[ \t]+$")
@@ -275,8 +300,8 @@ def _is_entry(text: str, section: Section) -> bool:
 
 
 _OVER = re.compile(
-    r"resol|subsid|no longer|gone|went away|clear|disappear|abated|settled|is over|passed|stopped|ceased|remitted|vanished"
-    r"|dissipated|recur|relief|is behind",
+    r"resol|subsid|no longer|gone|went away|clear|disappear|abated|settled|is over|passed|stopped|ceased|remitted"
+    r"|vanished|dissipated|recur|relief|is behind",
     re.IGNORECASE,
 )
 
@@ -322,6 +347,12 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
     starts = [token.start for token in tokens]
     for match in _annotator().match(text):
         first = bisect_right(starts, match.start) - 1
+        if tokens[first].text in _DEGREES:
+            # `mild fever` is a concept of its own in HPO, and is fever here.
+            key = _named(" ".join(text[tokens[first].end : match.end].lower().split()).removeprefix("of "))
+            if key:
+                match = Match(tokens[first + 1].start, match.end, key, match.score)
+                first += 1
         if (match.end - match.start, first) not in ends:
             # `bleeding or skin lesions`: a name that reaches over a conjunction gives way to one that does not.
             joined = _JOINED.search(text, match.start, match.end) is not None
@@ -335,6 +366,20 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
         taken[first:last] = b"\1" * (last - first)
         concepts.append(_Concept(first, last, kind, name))
     return sorted(concepts)
+
+
+_DEGREES = frozenset(("mild", "moderate", "severe", "recurrent", "persistent", "intermittent", "episodic", "episodes",
+                      "episode", "progressive", "profound", "marked", "frequent", "occasional"))  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _named(text: str) -> str | None:
+    """Return the concept that `text` as a whole is a name of."""
+    tokens = tokens_of(text)
+    for first, last, entry in _look_up(text, tokens, [False] * len(tokens), True):
+        if (first, last) == (0, len(tokens)) and entry.kind == "finding":
+            return entry.name
+    return _exact(text)
 
 
 _JOINED = re.compile(r"[,;]|\b(?:and|or|nor)\b", re.IGNORECASE)
@@ -670,10 +715,9 @@ def _numbers(
         elif unit in _TIMES:
             name = anchor(*found.span(), ("finding", "drug", "procedure"))
         else:
-            name = _measured(text, tokens, at, within(found.start())[0])
-            if not name and unit is None:
-                continue
-            name = name or anchor(*found.span(), ("finding", "procedure", "drug"))
+            name = _measured(text, tokens, at, within(found.start())[0]) or anchor(
+                *found.span(), ("finding", "procedure", "drug")
+            )
         for value in values:
             if value is not None:
                 add(name, *found.span(), _value(value), unit)
