@@ -240,7 +240,7 @@ def read_facts(text: str) -> list[Fact]:
     """
     if not text.strip():
         return []
-    whole, text = text, unwrapped(text)
+    whole, text = text, readable(text)
     tokens = tokens_of(text)
     sections, sentences = find_sections(text), find_sentences(text)
     headers = [(s.header_start, s.header_end) for s in sections if s.named and not _is_entry(text, s)]
@@ -286,6 +286,52 @@ def unwrapped(text: str) -> str:
         goes_on = goes_on and not _NEW_ITEM.match(following) and not is_header(following) and not is_header(line)
         pieces.append((" " if goes_on else "\n") + following)
     return "".join(pieces)
+
+
+_LONG_WORD = re.compile(r"(?<![\w@*])[^\W\d_]{6,}(?![\w@*])")
+
+
+@lru_cache(maxsize=1)
+def _spellings() -> tuple[frozenset[str], dict[str, list[str]]]:
+    """Return the words that are known, and those of six letters or more by every form with one letter left open."""
+    terminology = _annotator().terminology
+    texts: list[str] = [name.text for key in sorted(terminology.matchable) for name in terminology.names(key)]
+    for table in ("findings.csv", "drugs.csv", "procedures.csv"):
+        texts += [cell for row in _rows(table) for cell in row.values() if cell]
+    texts += [row["phrase"] for row in _rows("cues.csv")]
+    known = {word.lower() for text in texts for word in _words(text) if word.isalpha()} | _plain()
+    forms: dict[str, list[str]] = {}
+    for word in sorted(known):
+        if len(word) >= 6:
+            for at in range(1, len(word)):
+                forms.setdefault(f"{word[:at]}?{word[at + 1 :]}", []).append(word)
+    return frozenset(known), forms
+
+
+@lru_cache(maxsize=65_536)
+def _respelled(word: str) -> str:
+    """Return the one known word that `word` is with two letters swapped or one letter wrong, else `word`."""
+    known, forms = _spellings()
+    if word in known or light(word) in known:
+        return word
+    swapped = [word[:at] + word[at + 1] + word[at] + word[at + 2 :] for at in range(len(word) - 1)]
+    found = {other for other in swapped if other in known}
+    found = found or {other for at in range(1, len(word)) for other in forms.get(f"{word[:at]}?{word[at + 1 :]}", ())}
+    return found.pop() if len(found) == 1 else word
+
+
+def readable(text: str) -> str:
+    """Return `text` with wrapped lines joined and slips of the pen mended; every character keeps its place."""
+
+    def mend(found: re.Match[str]) -> str:
+        written = found[0]
+        lower = written.lower()
+        mended = _respelled(lower) if len(lower) == len(written) else lower
+        if mended == lower:
+            return written
+        return mended.upper() if written.isupper() else mended.capitalize() if written[0].isupper() else mended
+
+    return _LONG_WORD.sub(mend, unwrapped(text))
 
 
 _MARKED = re.compile(r"[ \t]*(?:[-*•·▪◦+]|\d{1,2}[.)])[ \t]+$")

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from clinical_nlp.language.facts import Fact, broader, is_clinical, is_plain, names_of, read_facts, tokens_of, unwrapped
+from clinical_nlp.language.facts import Fact, broader, is_clinical, is_plain, names_of, read_facts, readable, tokens_of
 from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.language.terminology.normalization import FREE
 from clinical_nlp.runs import Estimate
@@ -109,7 +109,7 @@ class _Text:
 
 @lru_cache(maxsize=16)
 def _read(text: str) -> _Text:
-    text = unwrapped(text)
+    text = readable(text)
     sentences = find_sentences(text)
     starts = [start for start, _ in sentences]
     words: list[list[str]] = [[] for _ in sentences]
