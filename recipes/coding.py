@@ -585,8 +585,7 @@ def write_predictions(run: Run, coder: coding.Coder, data: Coded, logits: np.nda
     place = {code: index for index, code in enumerate(coder.task.codes)}
     for index, row in enumerate(data.held_out):
         texts = data.texts(row)
-        document = coder.task.encode(texts, coder._tokenizer)
-        for item in coder.propose([texts], [document], logits[index : index + 1])[0]:
+        for item in coder.propose([texts], coder.encode([texts]), logits[index : index + 1])[0]:
             institution, name = data.names[row]
             rows.append(
                 {

@@ -176,8 +176,11 @@ def run_report(run: Run) -> None:
         write_atomic(run.path / "model_card.md", model_card(run))
 
 
-def training_page(run: Run) -> str:
-    """Render the general page of a run: what was measured, how training went, what it was made from."""
+def training_page(run: Run, *, first: Section | None = None) -> str:
+    """Render the general page of a run: what was measured, how training went, what it was made from.
+
+    `first` is a section of the recipe's own, above the others.
+    """
     from clinical_nlp.reporting.model_card import making, metric_rows, origin, phi_text
 
     manifest = run.manifest
@@ -195,7 +198,7 @@ def training_page(run: Run) -> str:
         if shares:
             plot = interval_plot(shares, title="Metrics with their intervals", x_label="value, 95 % interval")
             measured.insert(0, Figure(plot, "Hollow: no valid interval."))
-    sections = [Section("What was measured", measured)]
+    sections = [*([] if first is None else [first]), Section("What was measured", measured)]
     if drawn := curves(run):
         sections.append(Section("How training went", drawn))
     sections.append(Section("What it was made from", [Table([], origin(run))]))

@@ -515,9 +515,16 @@ class Coder:
 
     def predict(self, documents: Sequence[Sequence[str]]) -> list[list[Prediction]]:
         """Return the proposed codes of each document (the texts of its notes, oldest first), most probable first."""
-        encoded = [self.task.encode(texts, self._tokenizer) for texts in documents]
-        logits = predict_logits(self._model, self.task, self._tokenizer, encoded)
-        return self.propose(documents, encoded, logits)
+        encoded = self.encode(documents)
+        return self.propose(documents, encoded, predict_logits(self._model, self.task, self._tokenizer, encoded))
+
+    def encode(self, documents: Sequence[Sequence[str]]) -> list[Document]:
+        """Turn documents (the texts of their notes, oldest first) into tokens."""
+        return [self.task.encode(texts, self._tokenizer) for texts in documents]
+
+    def logits(self, documents: Sequence[Sequence[str]]) -> np.ndarray:
+        """Score every code of the list, (n, n_codes) float32."""
+        return predict_logits(self._model, self.task, self._tokenizer, self.encode(documents))
 
     def propose(
         self, documents: Sequence[Sequence[str]], encoded: Sequence[Document], logits: np.ndarray

@@ -326,6 +326,13 @@ def best_path(log_probs: np.ndarray) -> np.ndarray:
     count, tags = log_probs.shape
     if count == 0:
         return np.zeros(0, dtype=np.int64)
+    best = log_probs.argmax(1)
+    inside = (best > 0) & (best % 2 == 0)
+    before = np.concatenate([[0], best[:-1]])
+    if not (inside & (before != best) & (before != best - 1)).any():
+        return np.asarray(
+            best, dtype=np.int64
+        )  # the best tag of each word is a path already, so there is no better one
     allowed = np.zeros((tags, tags))
     for tag in range(2, tags, 2):
         allowed[:, tag] = -np.inf
@@ -394,12 +401,17 @@ def build_model(
             labels: torch.Tensor | None = None,
             shift_labels: torch.Tensor | None = None,
             num_items_in_batch: Any = None,
+            soft: torch.Tensor | None = None,
         ) -> dict[str, Any]:
             hidden = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             logits = self.head(hidden.float())
             if labels is None:
                 return {"logits": logits}
-            total = self.cost(logits.flatten(0, 1), labels.flatten())
+            if soft is None:
+                total = self.cost(logits.flatten(0, 1), labels.flatten())
+            else:  # a teacher's probabilities of the tags stand in the place of gold
+                each = -(soft * torch.log_softmax(logits, -1)).sum(-1)
+                total = each[labels != -100].sum()
             words = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
             return {"loss": total / torch.as_tensor(words, device=total.device).clamp(min=1), "logits": logits}
 
@@ -441,6 +453,14 @@ def predict_spans(
     model: Any, task: NerTask, tokenizer: Any, texts: Sequence[str], *, batch_tokens: int = 8192
 ) -> list[list[Prediction]]:
     """Tag notes: windows sorted by length, logits stitched back to words, spans decoded a note at a time."""
+    found = predict_tags(model, task, tokenizer, texts, batch_tokens=batch_tokens)
+    return [task.decode(note, score) for note, score in found]
+
+
+def predict_tags(
+    model: Any, task: NerTask, tokenizer: Any, texts: Sequence[str], *, batch_tokens: int = 8192
+) -> list[tuple[Encoded, np.ndarray]]:
+    """Return each note with the log-probabilities of its words' tags, (n_words, n_tags) float32."""
     import torch
 
     encoded = [task.encode(text, tokenizer, note=index) for index, text in enumerate(texts)]
@@ -460,12 +480,12 @@ def predict_spans(
             logits = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))["logits"]
             log_probs = torch.log_softmax(logits.float(), -1).cpu().numpy()
             for row, window in enumerate(group):
-                for position, word in enumerate(window.words):
-                    if word >= 0:
-                        scores[window.note][word] = log_probs[row, position]
+                words = np.array(window.words)
+                decided = np.flatnonzero(words >= 0)
+                scores[window.note][words[decided]] = log_probs[row, decided]
             begin = end
     model.train(was_training)
-    return [task.decode(note, score) for note, score in zip(encoded, scores, strict=True)]
+    return list(zip(encoded, scores, strict=True))
 
 
 def count_matches(gold: Sequence[Span], predicted: Sequence[Span], labels: Sequence[str]) -> np.ndarray:
@@ -555,6 +575,10 @@ class NerPredictor:
     def predict(self, texts: Sequence[str]) -> list[list[Prediction]]:
         """Return the spans of each text as (start, end, label, score), in order."""
         return predict_spans(self._model, self.task, self._tokenizer, texts)
+
+    def tags(self, texts: Sequence[str]) -> list[tuple[Encoded, np.ndarray]]:
+        """Return the words of each text with the log-probabilities of their tags, (n_words, n_tags) float32."""
+        return predict_tags(self._model, self.task, self._tokenizer, texts)
 
 
 def save(folder: Path, model: Any, task: NerTask, base: BaseModel, *, full: bool) -> None:

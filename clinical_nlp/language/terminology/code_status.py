@@ -73,7 +73,7 @@ class CodeBook:
 
     def label(self, code: str) -> str:
         """Return what a code is called, by the newest release that has it; else what is above it is called, or ''."""
-        for end in range(len(code), 2, -1):
+        for end in (len(code), *range(len(code) - 1, 2, -1)):
             for release in reversed(self.releases):
                 found = release.terminology.resolve(code[:end].rstrip("."))
                 if found is not None:
