@@ -11,7 +11,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -568,6 +568,33 @@ _REASONS = {
 }  # fmt: skip
 
 
+def _ratio(over: str, under: str) -> Callable[[np.ndarray], np.ndarray]:
+    top, bottom = COUNTS.index(over), COUNTS.index(under)
+    return lambda counts: counts[..., top] / counts[..., bottom]
+
+
+def _f1(counts: np.ndarray) -> np.ndarray:
+    matched, generated, reference = (counts[..., COUNTS.index(name)] for name in ("matched", "generated", "reference"))
+    return 2 * matched / (generated + reference)
+
+
+_STATISTICS = {name: (_ratio(*columns), columns[1]) for name, columns in RATES.items()}
+_STATISTICS["fact_f1"] = (_f1, "matched")
+
+
+def scores_of(summed: np.ndarray) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the scores of counts that are summed over pairs, and the reason for each that is NaN.
+
+    Parameters
+    ----------
+    summed : (len(COUNTS),) as `FactComparison.counts` gives them, added up.
+    """
+    with np.errstate(all="ignore"):
+        scores = {name: float(statistic(summed)) for name, (statistic, _) in _STATISTICS.items()}
+    reasons = {name: _REASONS[_STATISTICS[name][1]] for name, value in scores.items() if not math.isfinite(value)}
+    return {name: math.nan if name in reasons else value for name, value in scores.items()}, reasons
+
+
 def fact_scores(
     counts: np.ndarray, patients: Sequence[str], *, part: str, seed: int = 0, prefix: str = "test."
 ) -> dict[str, Estimate]:
@@ -590,18 +617,8 @@ def fact_scores(
     """
     counts = np.asarray(counts, dtype=np.float64).reshape(-1, len(COUNTS))
     summed = by_patient(patients, counts)
-    place = {name: at for at, name in enumerate(COUNTS)}
-
-    def ratio(over: str, under: str):  # type: ignore[no-untyped-def]
-        return lambda c: c[..., place[over]] / c[..., place[under]]
-
-    def f1(c: np.ndarray) -> np.ndarray:
-        return 2 * c[..., place["matched"]] / (c[..., place["generated"]] + c[..., place["reference"]])
-
-    statistics = {name: (ratio(*columns), columns[1]) for name, columns in RATES.items()}
-    statistics["fact_f1"] = (f1, "matched")
     scores = {}
-    for name, (statistic, under) in statistics.items():
+    for name, (statistic, under) in _STATISTICS.items():
         estimate = patient_bootstrap(summed, statistic, n_notes=len(counts), part=part, seed=seed)
         if math.isnan(estimate.value):
             estimate = Estimate(math.nan, math.nan, math.nan, estimate.n_patients, len(counts), part,
