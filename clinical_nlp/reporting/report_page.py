@@ -43,8 +43,8 @@ _NAMES = {
     "flipped_rate": "flipped, against the reference",
     "flipped_source_rate": "flipped, against the source",
     "error_rate": "notes with any error or gap",
-    "section_f1": "sections F1",
-    "section_rougeL": "ROUGE-L within sections",
+    "section_rougeL": "ROUGE-L by section",
+    "section_missing_rate": "sections missing",
 }
 _FIRST = ("fact_f1", "fact_precision", "fact_recall", "invention_rate", "flipped_rate", "flipped_source_rate",
           "error_rate")  # fmt: skip

@@ -19,7 +19,7 @@ from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 from clinical_nlp.tasks.faithfulness import COUNTS, compare_facts, fact_scores
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-SECTIONS = ("section_matched", "section_generated", "section_reference", "section_rougeL")
+SECTIONS = ("section_rougeL", "section_reference", "section_missing", "section_extra")
 SCORES = "scores.parquet"
 _TURN = re.compile(r"^[ \t]*(?:\[[^\]\n]{1,40}\]|[A-Z][A-Za-z_. ]{0,30}:)", re.MULTILINE)
 """How a turn of a conversation begins: `Doctor:` or `[doctor]`."""
@@ -33,7 +33,8 @@ class Measured:
     ----------
     facts : (n, len(COUNTS)) from `compare_facts`.
     rouge : (n, 3) F-measures.
-    sections : (n, 4) named sections in both, in the generated text, in the reference, and summed ROUGE-L of the first.
+    sections : (n, 4) ROUGE-L summed over the sections of the reference (a missing one scores 0), how many those are,
+        how many of them are missing, and how many others there are; 0 where the reference has no named section.
     bertscore : (n,) F-measures, or None without an encoder.
     """
 
@@ -71,50 +72,42 @@ def measure(
         for made, wanted, source in zip(generated, references, sources, strict=True)
     ]
     overlap = load("rouge")
-    common: dict[str, Any] = {"use_aggregator": False, "rouge_types": list(ROUGE)}
-    found = overlap.compute(predictions=list(generated), references=list(references), **common)
-    pairs, places = _section_pairs(generated, references)
-    sections = np.zeros((len(generated), len(SECTIONS)))
-    for row, (made, wanted) in enumerate(zip(generated, references, strict=True)):
-        mine, theirs = _named(made), _named(wanted)
-        sections[row, :3] = len(mine.keys() & theirs.keys()), len(mine), len(theirs)
-    if pairs:
-        inner = overlap.compute(
-            predictions=[made for made, _ in pairs], references=[wanted for _, wanted in pairs], **common
-        )
-        np.add.at(sections[:, 3], places, np.asarray(inner["rougeL"], dtype=np.float64))
+    texts: dict[str, Any] = {"predictions": list(generated), "references": list(references), "use_aggregator": False}
+    rouge = overlap.compute(**texts)
     bert = None
     if bertscore_model is not None:
-        result = load("bertscore").compute(
-            predictions=list(generated), references=list(references), model=bertscore_model, use_aggregator=False
-        )
-        bert = np.asarray(result["f1"], dtype=np.float64)
+        values = load("bertscore").compute(**texts, encoder=bertscore_model)["f1"]
+        bert = np.nan_to_num(np.asarray(values, dtype=np.float64))  # an empty text is like nothing
     return Measured(
         facts=np.array(facts).reshape(-1, len(COUNTS)),
-        rouge=np.array([found[name] for name in ROUGE], dtype=np.float64).T.reshape(-1, len(ROUGE)),
-        sections=sections,
+        rouge=np.array([rouge[name] for name in ROUGE], dtype=np.float64).T.reshape(-1, len(ROUGE)),
+        sections=_sections(generated, references, overlap),
         bertscore=bert,
     )
 
 
-def _named(text: str) -> dict[str, str]:
-    """Return the text of each category of section that has a header; those of one category are joined."""
-    found: dict[str, str] = {}
-    for section in find_sections(text):
-        if section.named:
-            body = text[section.header_end : section.end]
-            found[section.category] = f"{found.get(section.category, '')} {body}".strip()
-    return found
+def _sections(generated: Sequence[str], references: Sequence[str], overlap: Any) -> np.ndarray:
+    """Compare section by section, as the metric note_sections does, where the reference has a named section."""
+    from clinical_nlp.metrics.note_sections import sections_by_category
 
-
-def _section_pairs(generated: Sequence[str], references: Sequence[str]) -> tuple[list[tuple[str, str]], list[int]]:
-    pairs, places = [], []
+    counts = np.zeros((len(generated), len(SECTIONS)))
+    pairs: list[tuple[str, str]] = []
+    places: list[int] = []
     for row, (made, wanted) in enumerate(zip(generated, references, strict=True)):
-        mine, theirs = _named(made), _named(wanted)
-        for category in sorted(mine.keys() & theirs.keys()):
+        if not any(section.named for section in find_sections(wanted)):
+            continue
+        mine, theirs = sections_by_category(made), sections_by_category(wanted)
+        counts[row, 1:] = len(theirs), len(theirs.keys() - mine.keys()), len(mine.keys() - theirs.keys())
+        for category in sorted(theirs.keys() & mine.keys()):
             pairs.append((mine[category], theirs[category]))
             places.append(row)
-    return pairs, places
+    if pairs:
+        made_texts, wanted_texts = zip(*pairs, strict=True)
+        found = overlap.compute(predictions=list(made_texts), references=list(wanted_texts), use_aggregator=False)[
+            "rougeL"
+        ]
+        np.add.at(counts[:, 0], places, np.asarray(found, dtype=np.float64))
+    return counts
 
 
 _Statistic = Callable[[np.ndarray], np.ndarray]
@@ -137,9 +130,9 @@ def _statistics(names: Sequence[str]) -> dict[str, tuple[_Statistic, str]]:
     """Return the statistics that are no fact scores, by name, each with the reason why it may be undefined."""
     place = {name: at for at, name in enumerate(names)}
     found = {name: (_mean(place[name]), "no notes") for name in (*ROUGE, "bertscore") if name in place}
-    mine, theirs, both = (place[name] for name in ("section_generated", "section_reference", "section_matched"))
-    found["section_f1"] = (_f1(both, mine, theirs), "neither text has a named section")
-    found["section_rougeL"] = (_ratio(place["section_rougeL"], both), "no named section is in both texts")
+    none = "no reference has a named section"
+    found["section_rougeL"] = (_ratio(place["section_rougeL"], place["section_reference"]), none)
+    found["section_missing_rate"] = (_ratio(place["section_missing"], place["section_reference"]), none)
     return found
 
 
@@ -150,8 +143,8 @@ def estimates(
 
     Returns
     -------
-    dict of Estimate: rouge1, rouge2, rougeL (means over notes); section_f1 (named sections in both texts) and
-        section_rougeL (mean over those); bertscore, if measured; and those of `fact_scores`.
+    dict of Estimate: rouge1, rouge2, rougeL (means over notes); section_rougeL (mean over the sections of the
+        references; a missing one scores 0) and section_missing_rate; bertscore, if measured; those of `fact_scores`.
     """
     table, names = found.table()
     summed = by_patient(patients, np.concatenate([table, np.ones((len(table), 1))], axis=1))

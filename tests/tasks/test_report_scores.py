@@ -63,7 +63,6 @@ def test_a_change_is_paired_by_patient():
 
 
 def test_real_texts_are_measured_against_reference_and_source():
-    pytest.importorskip("clinical_nlp.metrics")
     source = "There is a left pleural effusion. No pneumothorax."
     texts = ["Left pleural effusion.", "Right pleural effusion. Pneumothorax."]
     found = measure(texts, ["Left pleural effusion."] * 2, [source] * 2)
@@ -71,5 +70,16 @@ def test_real_texts_are_measured_against_reference_and_source():
     assert found.rouge[0, 0] == 1
     assert found.facts[0, COUNTS.index("pairs_wrong")] == 0
     assert found.facts[1, COUNTS.index("pairs_wrong")] == 1
-    assert math.isnan(scores["test.section_f1"].value)
-    assert scores["test.section_f1"].note == "undefined: neither text has a named section"
+    assert math.isnan(scores["test.section_rougeL"].value)
+    assert scores["test.section_rougeL"].note == "undefined: no reference has a named section"
+
+
+def test_sections_are_scored_as_the_metric_does():
+    from clinical_nlp.metrics import load
+
+    wanted = ["PLAN:\nRest and fluids.\n\nMEDICATIONS:\nAspirin.", "ALLERGIES: penicillin"]
+    made = ["PLAN:\nRest.\n\nFAMILY HISTORY:\nNone.", "ALLERGIES: penicillin"]
+    scores = estimates(measure(made, wanted, wanted), ["a", "b"], **PART)
+    whole = load("note_sections").compute(predictions=made, references=wanted)
+    assert scores["test.section_rougeL"].value == pytest.approx(whole["rougeL"])
+    assert scores["test.section_missing_rate"].value == pytest.approx(whole["missing_rate"])
