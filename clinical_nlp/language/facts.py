@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -681,12 +681,22 @@ _MEASURED = {
 }  # fmt: skip
 
 
+_MEASURED.update({label: label for label in tuple(_MEASURED.values())})
+_MEASURED.update({"hemoglobin": "hemoglobin", "glucose": "glucose", "platelet": "platelets", "wbcs": "leukocytes",
+                  "count": "count", "respiratory": "respiration"})  # fmt: skip
+_BEFORE_COUNT = {"white": "leukocytes", "platelet": "platelets", "respiratory": "respiration", "cell": "leukocytes"}
+_MEASURES = frozenset(("blood", "heart", "white", "oxygen", "cell", "respiratory", "platelet", "serum", "count", "o2",
+                       "plt", "body", "pulse", "sat", "rate"))  # fmt: skip
+"""Words in front of a measured value that belong to its name."""
+
+
 def _numbers(
     text: str, tokens: list[_Token], starts: list[int], concepts: list[_Concept], owner: list[int],
     sentences: Sequence[tuple[int, int]], headers: list[tuple[int, int]],
 ) -> tuple[list[Fact], list[int]]:  # fmt: skip
     """Return the numbers of the text as facts, and the tokens that they are written with."""
     facts: list[Fact] = []
+    named: list[int] = []
     busy = bytearray(len(text) + 1)
     for start, end in headers:
         busy[start:end] = b"\1" * (end - start)
@@ -748,6 +758,7 @@ def _numbers(
             add("score", *found.span(), float(found[1]), "/" + found[2])
     for found in _PRESSURE.finditer(text):
         if take(*found.span()):
+            named.extend(_measured(tokens, bisect_right(starts, found.start()) - 1, within(found.start())[0])[1])
             add("systolic", *found.span(1), float(found[1]), "mmhg")
             add("diastolic", *found.span(2), float(found[2]), "mmhg")
     for found in _QUANTITY.finditer(text):
@@ -761,14 +772,14 @@ def _numbers(
         elif unit in _TIMES:
             name = anchor(*found.span(), ("finding", "drug", "procedure"))
         else:
-            name = _measured(text, tokens, at, within(found.start())[0]) or anchor(
-                *found.span(), ("finding", "procedure", "drug")
-            )
+            name, words = _measured(tokens, at, within(found.start())[0])
+            named.extend(words)
+            name = name or anchor(*found.span(), ("finding", "procedure", "drug"))
         for value in values:
             if value is not None:
                 add(name, *found.span(), _value(value), unit)
     used = [at for at, token in enumerate(tokens) if any(busy[token.start : token.end])]
-    return facts, used
+    return facts, used + named
 
 
 def _value(written: str) -> float:
@@ -798,27 +809,27 @@ def _per_day(found: re.Match[str]) -> float:
     return _PER_DAY[str(found.lastgroup)]
 
 
-def _measured(text: str, tokens: list[_Token], at: int, begin: int) -> str:
-    """Name what was measured: the word before the number, past signs and small words."""
+def _measured(tokens: list[_Token], at: int, begin: int) -> tuple[str, list[int]]:
+    """Name what was measured by the word before the number, past signs and small words; and say which words do so."""
     for look in range(at - 1, max(-1, at - 5), -1):
         token = tokens[look]
         if token.start < begin or token.text == "\n" or token.text in (";", "."):
             break
-        if (
-            not token.stem
-            or token.text in FREE
-            or token.text in ("of", "is", "was", "at", "to", "ct", "about", "around")
-        ):
+        if not token.stem or token.text in FREE or token.text in _LINKS:
             continue
         if token.text[0].isdigit():
             break
         known = _MEASURED.get(token.text)
-        if known is None and (is_plain(token.text) or len(token.text) < 2):
-            break
-        return known or token.stem
-    return ""
+        if known is None:
+            return ("", []) if is_plain(token.text) or len(token.text) < 2 else (token.stem, [])
+        before = tokens[look - 1].text if look else ""
+        words = [look]
+        while words[-1] > 0 and tokens[words[-1] - 1].text in _MEASURES and tokens[words[-1] - 1].start >= begin:
+            words.append(words[-1] - 1)
+        if token.text in ("count", "rate"):
+            known = _BEFORE_COUNT.get(before, known)
+        return known, words
+    return "", []
 
 
-def texts_of(facts: Iterable[Fact]) -> list[str]:
-    """Return the labels of facts, as they stand in the text."""
-    return [fact.label for fact in facts]
+_LINKS = frozenset(("of", "is", "was", "at", "to", "ct", "about", "around", "were", "are", "now", "currently"))

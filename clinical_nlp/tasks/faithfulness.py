@@ -11,7 +11,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -234,8 +234,9 @@ def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> 
         again_made += _unpaired(own, wanted, flipped, new, swap=False)
         again_wanted += _unpaired(theirs, made, flipped, lost, swap=True)
     _relate(new, lost, again_made, again_wanted, flipped)
-    new = [said for said in new if not _worded(said, wanted)]
-    lost = [said for said in lost if not _worded(said, made)]
+    shared = set(made.keys) & set(wanted.keys)
+    new = [said for said in new if not _worded(said, wanted, shared)]
+    lost = [said for said in lost if not _worded(said, made, shared)]
     more, less = _phrases(rest_made, rest_wanted, made, wanted, flipped, sides)
     _reworked(made, wanted, flipped, sides)
     numbers, numbers_new, numbers_lost, numbers_compared = _numbers(made, wanted)
@@ -345,10 +346,10 @@ def _near(one: _Said, other: _Said) -> bool:
     return other.fact.name in broader(one.fact.name) or one.fact.name in broader(other.fact.name)
 
 
-def _worded(said: _Said, text: _Text) -> bool:
-    """Whether one sentence of the other text holds all words of a concept, though not as that concept."""
-    own = {token.stem for token in tokens_of(said.fact.label) if token.stem and token.text not in FREE}
-    return bool(own) and any(own <= words for words in text.words)
+def _worded(said: _Said, text: _Text, shared: Collection[tuple[str, ...]] = ()) -> bool:
+    """Whether one sentence of the other text, none of the `shared` ones, holds all words of a concept."""
+    own = {token.stem for token in tokens_of(said.fact.label.lower()) if token.stem and token.text not in FREE}
+    return bool(own) and any(own <= w for w, key in zip(text.words, text.keys, strict=True) if key not in shared)
 
 
 def _phrases(
