@@ -266,7 +266,7 @@ def read_facts(text: str) -> list[Fact]:
     return sorted([*facts, *numbers], key=lambda fact: (fact.start, fact.end))
 
 
-_LONG_LINE = 40
+_LONG_LINE, _LONG_PROSE = 40, 25
 _NEW_ITEM = re.compile(r"[ \t]*(?:[-*•·▪◦+=#|]|\(?\d{1,2}[.)]\s|[A-Z][A-Za-z0-9/&() \-]{0,45}:|$)|.*[|\t]")
 
 
@@ -282,7 +282,11 @@ def unwrapped(text: str) -> str:
     pieces = [lines[0]]
     for line, following in pairwise(lines):
         end = line.rstrip()[-1:]
-        goes_on = len(line) >= _LONG_LINE and end not in ("", ".", "!", "?", ":", ";", "|") and "|" not in line
+        goes_on = (
+            len(line) >= (_LONG_PROSE if ". " in line else _LONG_LINE)
+            and end not in ("", ".", "!", "?", ":", ";", "|")
+            and "|" not in line
+        )
         goes_on = goes_on and not _NEW_ITEM.match(following) and not is_header(following) and not is_header(line)
         pieces.append((" " if goes_on else "\n") + following)
     return "".join(pieces)
@@ -381,11 +385,28 @@ def _skipped(text: str, tokens: list[_Token], headers: list[tuple[int, int]]) ->
     return out
 
 
+def _one_case(text: str, tokens: list[_Token]) -> list[bool]:
+    """Say of each token whether capitals tell nothing there: its line is all capitals, or the text has hardly any."""
+    letters = [c for c in text if c.isalpha()]
+    if sum(c.isupper() for c in letters) < 0.03 * len(letters):
+        return [True] * len(tokens)
+    out: list[bool] = []
+    position = 0
+    ends = []
+    for line in text.split("\n"):
+        position += len(line) + 1
+        ends.append((position, sum(c.isupper() for c in line) >= 12 and not any(c.islower() for c in line)))
+    at = 0
+    for token in tokens:
+        while token.start >= ends[at][0]:
+            at += 1
+        out.append(ends[at][1])
+    return out
+
+
 def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Concept]:
     """Find concepts of the tables and of HPO; the longer one wins, of equal ones that of the tables."""
-    letters = [c for c in text if c.isalpha()]
-    lower = sum(c.islower() for c in letters)
-    one_case = bool(letters) and (lower > 0.97 * len(letters) or lower < 0.03 * len(letters))
+    one_case = _one_case(text, tokens)
     found: list[tuple[int, int, int, str, str]] = []
     for first, last, entry in _look_up(text, tokens, skipped, one_case):
         found.append((-(tokens[last - 1].end - tokens[first].start), 0, first, entry.kind, entry.name))
@@ -393,6 +414,8 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
     starts = [token.start for token in tokens]
     for match in _annotator().match(text):
         first = bisect_right(starts, match.start) - 1
+        if text[match.start : match.end].lower() in _HEADINGS:
+            continue
         if tokens[first].text in _DEGREES:
             # `mild fever` is a concept of its own in HPO, and is fever here.
             key = _named(" ".join(text[tokens[first].end : match.end].lower().split()).removeprefix("of "))
@@ -400,8 +423,8 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
                 match = Match(tokens[first + 1].start, match.end, key, match.score)
                 first += 1
         if (match.end - match.start, first) not in ends:
-            # `bleeding or skin lesions`: a name that reaches over a conjunction gives way to one that does not.
-            joined = _JOINED.search(text, match.start, match.end) is not None
+            # `absent pulmonary` or `bleeding or skin` may be the edges of two statements.
+            joined = _JOINED.search(text, match.start, match.end) is not None or tokens[first].text in _DENIALS
             found.append((match.start - match.end, 2 if joined else 1, first, "finding", match.concept_id))
     concepts: list[_Concept] = []
     taken = bytearray(len(tokens))
@@ -414,6 +437,8 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
     return sorted(concepts)
 
 
+_DENIALS = frozenset(("absent", "no", "lack", "absence", "negative"))
+_HEADINGS = frozenset(("allergies", "allergy"))
 _DEGREES = frozenset(("mild", "moderate", "severe", "recurrent", "persistent", "intermittent", "episodic", "episodes",
                       "episode", "progressive", "profound", "marked", "frequent", "occasional"))  # fmt: skip
 
@@ -422,7 +447,7 @@ _DEGREES = frozenset(("mild", "moderate", "severe", "recurrent", "persistent", "
 def _named(text: str) -> str | None:
     """Return the concept that `text` as a whole is a name of."""
     tokens = tokens_of(text)
-    for first, last, entry in _look_up(text, tokens, [False] * len(tokens), True):
+    for first, last, entry in _look_up(text, tokens, [False] * len(tokens), [True] * len(tokens)):
         if (first, last) == (0, len(tokens)) and entry.kind == "finding":
             return entry.name
     return _exact(text)
@@ -431,7 +456,9 @@ def _named(text: str) -> str | None:
 _JOINED = re.compile(r"[,;]|\b(?:and|or|nor)\b", re.IGNORECASE)
 
 
-def _look_up(text: str, tokens: list[_Token], skipped: list[bool], one_case: bool) -> Iterator[tuple[int, int, _Entry]]:
+def _look_up(
+    text: str, tokens: list[_Token], skipped: list[bool], one_case: list[bool]
+) -> Iterator[tuple[int, int, _Entry]]:
     """Yield the longest name of the tables at every place."""
     root, count = _vocabulary(), len(tokens)
     at = 0
@@ -448,7 +475,7 @@ def _look_up(text: str, tokens: list[_Token], skipped: list[bool], one_case: boo
         look, words = at + 1, 1
         while True:
             for entry in node.get("", ()):
-                if _fits(text, tokens, at, look, entry, one_case):
+                if _fits(text, tokens, at, look, entry, one_case[at]):
                     best = (look, entry)
             while look < count and (tokens[look].text in FREE or tokens[look].text in _INSIDE):
                 look += 1
@@ -473,6 +500,8 @@ def _fits(text: str, tokens: list[_Token], first: int, last: int, entry: _Entry,
     if entry.form:
         written = text[tokens[first].start : tokens[last - 1].end]
         lower = written.lower()
+        if lower == "ct" and first and tokens[first - 1].text == "plt":
+            return False
         if one_case and lower in _NEVER_ALONE:
             return lower == entry.form.lower() and _apart(tokens, first, last)
         if written == entry.form:
