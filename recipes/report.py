@@ -338,7 +338,8 @@ def planted(text: str, kind: str, rng: np.random.Generator, vocabulary: Sequence
     for wanted in dict.fromkeys([kind, *others]):
         if (found := plant_error(text, wanted, rng, vocabulary=drawn)) is not None:
             return found.text, wanted
-    return None
+    found = plant_error(text, "finding_added", rng)  # where the reports state nothing else: a common finding
+    return None if found is None else (found.text, "finding_added")
 
 
 def stated_findings(reports: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     [
                         number,
                         "CC",
-                        f"{MARKER} has fever.",
+                        f"{MARKER} has fever. No cough.",
                         f"Doctor: Any pain? Patient: {part} {MARKER} {number}, fever.",
                     ]
                 )
