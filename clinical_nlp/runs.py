@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -82,6 +82,20 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, atomically; other keys are left out, numbers have four digits, NaN is an empty cell."""
+    import csv
+    import io
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in plain.items()})
+    write_atomic(path, text.getvalue())
 
 
 def sync_folder(folder: Path) -> None:

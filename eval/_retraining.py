@@ -78,7 +78,8 @@ class Arms:
         MissingDataError, ModelError : a candidate that was named is not there.
         """
         subject, config = self._subject, self._config
-        again: Any = subject.config.model_copy(update={**self._limits, "base_model": subject.base})
+        unprompted = {"baseline_notes": 0} if hasattr(subject.config, "baseline_notes") else {}
+        again: Any = subject.config.model_copy(update={**self._limits, **unprompted, "base_model": subject.base})
         retrains = {"negative_transfer", "learning_curve", "ranking"} & set(parts)
         if retrains and not self._as_the_run:
             self._arms["reference"] = Arm(again)

@@ -80,6 +80,7 @@ def run(config: AdaptConfig, output: Path, *, resume: bool = False) -> Run:
         ner = NerConfig(
             corpus=config.corpus,
             base_model=str(adapted.path),
+            baseline_notes=0,
             strategy=config.ner_strategy,
             training=config.ner_training,
             **shared,

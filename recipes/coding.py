@@ -30,7 +30,7 @@ from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest
-from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
+from clinical_nlp.runs import Estimate, Run, write_csv, write_json
 from clinical_nlp.statistics import multilabel
 from clinical_nlp.statistics.calibration import fit_calibration
 from clinical_nlp.tasks import coding
@@ -285,22 +285,7 @@ def read(config: CodingConfig, book: CodeBook) -> Coded:
     if unit == "auto":
         unit = "note" if all(row["note_id"] is not None for row in table) else "encounter"
 
-    left_out: Counter[str] = Counter()
-    fields = corpus.notes.select(["institution", "note_id", "encounter_id", "patient_id", "note_type", "written_at"])
-    members: dict[tuple[str, str], list[int]] = defaultdict(list)
-    note_rows = fields.to_pylist()
-    for index, note in enumerate(note_rows):
-        if config.note_types and note["note_type"] not in config.note_types:
-            left_out["notes of another type"] += 1
-        elif unit == "encounter" and note["encounter_id"] is None:
-            left_out["notes without an encounter"] += 1
-        else:
-            members[note["institution"], note["note_id"] if unit == "note" else note["encounter_id"]].append(index)
-    if not members:
-        raise InputError(
-            f"no note of corpus {corpus.card.name!r} can be coded ({listed(left_out)}); look at unit and note_types"
-        )
-
+    note_rows, members, left_out = gather(corpus, unit, config.note_types)
     gold: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     statuses: Counter[str] = Counter()
     by_encounter: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
@@ -325,7 +310,7 @@ def read(config: CodingConfig, book: CodeBook) -> Coded:
         left_out[f"{unit}s without a code of {wanted}"] += uncoded
 
     order = {name: index for index, name in enumerate(names)}
-    notes = [sorted(members[name], key=lambda row: (_when(note_rows[row]), row)) for name in names]
+    notes = [members[name] for name in names]
     part_of = {
         int(row): part
         for part, rows in (("train", split.train), ("development", split.development), ("test", split.test))
@@ -362,6 +347,41 @@ def read(config: CodingConfig, book: CodeBook) -> Coded:
         statuses={name: statuses[name] for name in STATUSES if statuses[name]},
         left_out=dict(left_out),
     )
+
+
+Members = dict[tuple[str, str], list[int]]
+"""(institution, id of a note or an encounter) -> rows of its notes, oldest first."""
+
+
+def gather(
+    corpus: Corpus, unit: Literal["note", "encounter"], note_types: Sequence[str]
+) -> tuple[list[dict[str, Any]], Members, Counter[str]]:
+    """Put the notes of what is coded together; return all notes without text, the groups, and what is left out.
+
+    Raises
+    ------
+    InputError : nothing is left to code, or an encounter has notes of two patients.
+    """
+    columns = ["institution", "note_id", "encounter_id", "patient_id", "note_type", "written_at"]
+    note_rows = corpus.notes.select(columns).to_pylist()
+    left_out: Counter[str] = Counter()
+    members: Members = defaultdict(list)
+    for index, note in enumerate(note_rows):
+        if note_types and note["note_type"] not in note_types:
+            left_out["notes of another type"] += 1
+        elif unit == "encounter" and note["encounter_id"] is None:
+            left_out["notes without an encounter"] += 1
+        else:
+            members[note["institution"], note["note_id"] if unit == "note" else note["encounter_id"]].append(index)
+    if not members:
+        raise InputError(
+            f"no note of corpus {corpus.card.name!r} can be coded ({listed(left_out)}); look at unit and note_types"
+        )
+    for (institution, name), rows in members.items():
+        rows.sort(key=lambda row: (_when(note_rows[row]), row))
+        if len({note_rows[row]["patient_id"] for row in rows}) > 1:
+            raise InputError(f"encounter {name!r} of {institution!r} has notes of several patients; mend its ids")
+    return note_rows, dict(members), left_out
 
 
 def _when(note: dict[str, Any]) -> float:
@@ -576,74 +596,25 @@ def _without_note(base: Any, before: str, texts: Sequence[str]) -> np.ndarray:
 
 
 def write_predictions(run: Run, coder: coding.Coder, data: Coded, logits: np.ndarray) -> dict[str, Any]:
-    """Write the proposed codes of held-out documents with evidence offsets, and those to review; return counts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Write what is proposed for the held-out documents beside what is gold; return counts."""
     note_ids = data.corpus.notes["note_id"].to_pylist()
     rows: list[dict[str, Any]] = []
-    place = {code: index for index, code in enumerate(coder.task.codes)}
     for index, row in enumerate(data.held_out):
         texts = data.texts(row)
-        for item in coder.propose([texts], coder.encode([texts]), logits[index : index + 1])[0]:
-            institution, name = data.names[row]
-            rows.append(
-                {
-                    "institution": institution,
-                    "patient_id": data.patients[row],
-                    data.unit + "_id": name,
-                    "code": item.code,
-                    "label": item.label,
-                    "probability": item.probability,
-                    "logit": float(logits[index, place[item.code]]),
-                    "review": item.review,
-                    "gold": item.code in data.codes[row],
-                    "evidence": [
-                        {
-                            "note_id": note_ids[data.notes[row][e.note]],
-                            "start": e.start,
-                            "end": e.end,
-                            "weight": e.weight,
-                        }
-                        for e in item.evidence
-                    ],
-                }
-            )
-    evidence = pa.list_(
-        pa.struct([("note_id", pa.string()), ("start", pa.int32()), ("end", pa.int32()), ("weight", pa.float32())])
-    )
-    schema = pa.schema(
-        [
-            ("institution", pa.string()),
-            ("patient_id", pa.string()),
-            (data.unit + "_id", pa.string()),
-            ("code", pa.string()),
-            ("label", pa.string()),
-            ("probability", pa.float64()),
-            ("logit", pa.float64()),
-            ("review", pa.bool_()),
-            ("gold", pa.bool_()),
-            ("evidence", evidence),
+        proposed = coder.propose([texts], coder.encode([texts]), logits[index : index + 1])[0]
+        about = {"institution": data.names[row][0], "patient_id": data.patients[row], "unit_id": data.names[row][1]}
+        names = [note_ids[note] for note in data.notes[row]]
+        rows += [
+            {**about, **line, "gold": line["code"] in data.codes[row]} for line in coding.proposal_rows(proposed, names)
         ]
-    )
-    table = pa.Table.from_pylist(rows, schema=schema)
-    pq.write_table(table, run.path / "predictions.parquet")
-    review = [row for row in rows if row["review"]]
-    write_csv(
-        run.path / "review.csv",
-        ["institution", "patient_id", data.unit + "_id", "code", "label", "probability"],
-        [
-            {**row, "probability": f"{row['probability']:.3f}"}
-            for row in sorted(review, key=lambda r: -r["probability"])
-        ],
-    )
-    accepted = [row["gold"] for row in rows if not row["review"]]
+    coding.write_proposals(run.path, rows, unit=data.unit)
+    sure, doubtful = ([row["gold"] for row in rows if row["review"] == review] for review in (False, True))
     return {
         "proposed": len(rows),
-        "to_review": len(review),
-        "accepted": len(accepted),
-        "accepted_and_right": int(sum(accepted)),
-        "reviewed_and_right": int(sum(row["gold"] for row in review)),
+        "to_review": len(doubtful),
+        "accepted": len(sure),
+        "accepted_and_right": int(sum(sure)),
+        "reviewed_and_right": int(sum(doubtful)),
     }
 
 
@@ -659,17 +630,3 @@ def write_codes(
     ]
     write_csv(run.path / "codes.csv", columns_of_file, lines)
     write_json(run.path / "code_check.json", {"system": book.system, "checked_against": book.version, **data.statuses})
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV; NaN as an empty cell."""
-    import csv
-    import io
-
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        plain = {key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in plain.items()})
-    write_atomic(path, text.getvalue())

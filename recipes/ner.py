@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.runs import Estimate, Run
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
-from clinical_nlp.tasks import ner, pretraining
+from clinical_nlp.tasks import ner, pretraining, prompting
 from clinical_nlp.training.trainer import LossTerm, TrainingConfig, train
 
 
@@ -63,6 +64,8 @@ class NerConfig(RecipeConfig):
     """What holds the weights near where they were: none, l2_sp or ewc (how the base reads source notes)."""
     training: TrainingConfig = TrainingConfig(epochs=6)
     """How the weights are moved."""
+    baseline_notes: int = Field(default=30, ge=0)
+    """Held-out notes on which the base model as it is, only prompted, is scored beside the run; 0: it is not."""
     score_train: bool = False
     """Also score the development part and a sample of the training patients, which shows overfitting."""
 
@@ -136,6 +139,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
         run.record(ner.score(count(data, held_out), labels, patients, part=part, seed=config.seed))
         if source is not None:
             run.record({"test.source_f1_strict": f1(count, source, source.split.test, config.seed)})
+        run.record(prompted(config, data, labels, held_out))
         if config.score_train:
             run.record(
                 {"train.f1_strict": f1(count, data, sample_of_training(data, config.seed), config.seed, "train")}
@@ -373,6 +377,51 @@ def f1(count: Count, data: Labelled, rows: Sequence[int] | np.ndarray, seed: int
 def development_score(count: Count, data: Labelled) -> float:
     """Strict F1 on the development part, for early stopping."""
     return f1(count, data, data.split.development, seed=0).value
+
+
+PROMPT = "Clinical note:\n{note}\n\nEvery {label} that the note mentions, divided by semicolons:"
+_SHOTS = 3
+_SHOT_CHARACTERS = 600
+
+
+def prompted(config: NerConfig, data: Labelled, labels: Sequence[str], held_out: np.ndarray) -> dict[str, Estimate]:
+    """Score the base model before training, told what to list: without examples, and with three training notes.
+
+    A note is asked for each label; what the answer lists is looked for in the note. Encoders cannot be prompted, which
+    the results say.
+    """
+    rows = held_out[: config.baseline_notes]
+    if not len(rows):
+        return {}
+    names = {"zero_shot": 0, "few_shot": _SHOTS}
+    patients = [data.patients[row] for row in rows]
+    base = load_base(config.base_model, kind="language", quantization=config.strategy.quantization)
+    if not base.is_decoder:
+        none = Estimate(math.nan, math.nan, math.nan, len(set(patients)), len(rows), data.split.reported_part)
+        none = replace(none, note="an encoder cannot be prompted")
+        return {f"test.baseline_{name}.{score}": none for name in names for score in ("f1_strict", "f1_lenient")}
+    say(f"baseline: {config.base_model} prompted, {len(rows)} notes")
+    order = np.random.default_rng(config.seed).permutation(data.split.train)
+    shown = [row for row in order if data.gold[row]][:_SHOTS]
+    found: dict[str, Estimate] = {}
+    for name, shots in names.items():
+        spans: list[list[ner.Span]] = [[] for _ in rows]
+        for label in labels:
+            before = "".join(_example(data, row, label) for row in shown[:shots])
+            prompts = [before + PROMPT.format(note=data.texts[row], label=label) for row in rows]
+            for place, line in enumerate(prompting.generate_lines(base, prompts)):
+                spans[place] += prompting.place_items(data.texts[rows[place]], line, label)
+        counts = [ner.count_matches(data.gold[row], said, labels) for row, said in zip(rows, spans, strict=True)]
+        scores = ner.score(np.stack(counts), labels, patients, part=data.split.reported_part, seed=config.seed)
+        found |= {f"test.baseline_{name}.{key}": scores[f"test.{key}"] for key in ("f1_strict", "f1_lenient")}
+    return found
+
+
+def _example(data: Labelled, row: int, label: str) -> str:
+    text = data.texts[row]
+    said = [text[start:end] for start, end, kind in sorted(data.gold[row]) if kind == label and end <= _SHOT_CHARACTERS]
+    items = "; ".join(dict.fromkeys(" ".join(item.split()) for item in said))
+    return PROMPT.format(note=text[:_SHOT_CHARACTERS], label=label) + f" {items}\n\n"
 
 
 def sample_of_training(data: Labelled, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from clinical_nlp.errors import ConfigError, ModelError
 from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
-from clinical_nlp.runs import Run, write_json
+from clinical_nlp.runs import Run, write_atomic, write_csv, write_json
 from clinical_nlp.statistics.calibration import Calibration
 from clinical_nlp.tasks.ner import special_tokens
 
@@ -548,6 +548,53 @@ class Coder:
                 ]
             )
         return found
+
+
+def proposal_rows(proposed: Sequence[Prediction], note_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the proposals of one document as rows, evidence by the ids of its notes."""
+    return [
+        {
+            "code": item.code,
+            "label": item.label,
+            "probability": item.probability,
+            "review": item.review,
+            "evidence": [
+                {"note_id": note_ids[span.note], "start": span.start, "end": span.end, "weight": span.weight}
+                for span in item.evidence
+            ],
+        }
+        for item in proposed
+    ]
+
+
+def write_proposals(folder: Path, rows: Sequence[dict[str, Any]], *, unit: str) -> None:
+    """Write `predictions.parquet` (no note text: evidence is ids and offsets), and `review.csv`, doubtful ones first.
+
+    Parameters
+    ----------
+    rows : from `proposal_rows`, with institution, patient_id, unit_id, and `gold` where that is known.
+    unit : note or encounter; `unit_id` becomes `note_id` or `encounter_id`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    evidence = [("note_id", pa.string()), ("start", pa.int32()), ("end", pa.int32()), ("weight", pa.float32())]
+    names = ["institution", "patient_id", f"{unit}_id", "code", "label"]
+    schema = pa.schema(
+        [
+            *((name, pa.string()) for name in names),
+            ("probability", pa.float64()),
+            ("review", pa.bool_()),
+            ("gold", pa.bool_()),
+            ("evidence", pa.list_(pa.struct(evidence))),
+        ]
+    )
+    rows = [{**row, f"{unit}_id": row["unit_id"]} for row in rows]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    write_atomic(folder / "predictions.parquet", sink.getvalue().to_pybytes())
+    review = sorted((row for row in rows if row["review"]), key=lambda row: row["probability"])
+    write_csv(folder / "review.csv", [*names, "probability"], review)
 
 
 def read_coding_task(values: dict[str, Any]) -> CodingTask:

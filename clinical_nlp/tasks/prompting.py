@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,30 +80,58 @@ def _mean_log_probs(network: Any, keys: Any, first: Any, rows: Sequence[list[int
     return [float(value) for value in total / mask.sum(1)]
 
 
-def generate_lists(base: BaseModel, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-    """Continue each prompt greedily up to the first line break, with a causal language model."""
+def generate_lines(
+    base: BaseModel, prompts: Sequence[str], *, max_new_tokens: int = 48, batch_size: int = 8
+) -> list[str]:
+    """Continue each prompt greedily to the end of the line, with a causal language model.
+
+    A prompt that is too long for the model loses its beginning.
+    """
     import torch
 
     tokenizer, network = base.tokenizer, base.network
     limit = most_tokens(network) or 1_000_000
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    room = max(1, limit - max_new_tokens - len(start))
+    rows = [tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts]
+    rows = [[*start, *ids[max(0, len(ids) - room) :]] for ids in rows]
+    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
     device = next(network.parameters()).device
     was_training = network.training
     network.eval()
-    texts = []
+    lines = [""] * len(rows)
     with torch.inference_mode():
-        for prompt in prompts:
-            ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-            ids = [*start, *ids[max(0, len(ids) - max(1, limit - max_new_tokens - len(start))) :]]
-            tokens = torch.tensor([ids], device=device)
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            width = len(rows[chosen[-1]])
+            tokens = torch.full((len(chosen), width), tokenizer.pad_token_id or 0)
+            mask = torch.zeros_like(tokens)
+            for place, index in enumerate(chosen):
+                tokens[place, width - len(rows[index]) :] = torch.tensor(rows[index])
+                mask[place, width - len(rows[index]) :] = 1
             found = network.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
+                stop_strings="\n",
+                tokenizer=tokenizer,
             )
-            texts.append(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True).split("\n")[0])
+            for place, index in enumerate(chosen):
+                lines[index] = tokenizer.decode(found[place, width:], skip_special_tokens=True).split("\n")[0]
     network.train(was_training)
-    return texts
+    return lines
+
+
+def place_items(text: str, line: str, label: str) -> list[tuple[int, int, str]]:
+    """Find what a generated line lists (items divided by semicolons) in the note: every place, as whole words.
+
+    An item that the note does not contain marks nothing.
+    """
+    spans = set()
+    for item in {item.strip(" .-") for item in line.split(";")} - {""}:
+        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, item.split())) + r"(?!\w)"
+        spans |= {(*match.span(), label) for match in re.finditer(pattern, text, re.IGNORECASE)}
+    return sorted(spans)

@@ -13,7 +13,7 @@ from clinical_nlp.config import load_config
 from clinical_nlp.errors import ConfigError, InputError
 from clinical_nlp.language.terminology.code_status import load_code_book
 from clinical_nlp.notes.corpus import load_corpus
-from clinical_nlp.recipes import coding
+from clinical_nlp.recipes import code, coding
 from clinical_nlp.reporting.page import run_report
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks.coding import Coder
@@ -85,6 +85,31 @@ def finished_config(run):
 def test_the_run_can_be_used_without_the_training_data(finished):
     proposals = Coder.load(finished.path).predict([["Patient has pneumonia and chest pain.", "Fever."], [""]])
     assert len(proposals) == 2
+
+
+def test_new_notes_are_coded_without_the_training_data(tmp_path, finished):
+    from clinical_nlp.corpora.synthetic_hospitals import write_table
+
+    corpus = load_corpus("synthetic_hospitals", institutions=1, patients=6, seed=5)
+    write_table(corpus, tmp_path / "export.csv")
+    corpus_options = {"corpus.path": str(tmp_path / "export.csv"), "corpus.options": {"format": "table"}}
+    config = load_config(code.CONFIG, None, {"model": str(finished.path), **corpus_options})
+    run = code.run(config, tmp_path / "codes")
+    counts = run.manifest["predictions"]
+    encounters = set(corpus.notes["encounter_id"].to_pylist())
+    assert counts["encounters"] == len(encounters)
+    rows = pq.read_table(run.path / "predictions.parquet").to_pylist()
+    assert {row["encounter_id"] for row in rows} <= encounters
+    assert len(rows) == counts["proposed"] > 0
+    assert all(row["gold"] is None for row in rows)
+    texts = {row["note_id"]: row["text"] for row in corpus.notes.select(["note_id", "text"]).to_pylist()}
+    assert all(texts[span["note_id"]][span["start"] : span["end"]].strip() for row in rows for span in row["evidence"])
+    assert "drafts" in (run.path / "report.html").read_text("utf-8")
+
+
+def test_code_needs_a_coding_run(tmp_path):
+    with pytest.raises(ConfigError, match="--model RUN"):
+        code.run(load_config(code.CONFIG, None, {}), tmp_path / "codes")
 
 
 def test_the_page_names_codes_and_no_note(finished):
