@@ -1,7 +1,8 @@
-"""A hospital's own export, in any format that a reader knows, as a corpus without gold."""
+"""A hospital's own export, in any format that a reader knows; with its codes where a table of them is given."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from clinical_nlp.corpora._files import collect, listed, loaded
-from clinical_nlp.errors import InputError, UsageError, nearest
+from clinical_nlp.corpora._files import collect, listed, loaded, read_rows
+from clinical_nlp.errors import InputError, MissingDataError, UsageError, nearest
 from clinical_nlp.notes.corpus import Card, Corpus, corpus_path
 from clinical_nlp.notes.readers import FORMATS, ReadOptions, read_notes, read_patients
-from clinical_nlp.notes.schema import PATIENT_SCHEMA
+from clinical_nlp.notes.schema import CODE_SCHEMA, PATIENT_SCHEMA
 
 CARD = Card(
     name="ehr_export",
@@ -35,24 +36,25 @@ _DEFAULT_LEVEL = {
 _PATHS = ("attachments", "patient_map", "scratch")
 
 
-def load(path: Path | None = None, *, format: str, **options: Any) -> Corpus:
+def load(path: Path | None = None, *, format: str, codes: str | None = None, **options: Any) -> Corpus:
     """Read an export into memory.
 
     Parameters
     ----------
     path : folder or file of the export.
     format : fhir, omop, mimic, table, brat, iob or text.
+    codes : CSV file (plain or gzip) of the codes of encounters or notes, see `read_codes`.
     options : fields of `clinical_nlp.notes.readers.ReadOptions`, as `corpus.options.KEY`; lists may be written with
         commas.
 
     Returns
     -------
-    Corpus with notes and patients. What was skipped or rejected is counted, by reason, on the card.
+    Corpus with notes, patients and codes. What was skipped or rejected is counted, by reason, on the card.
 
     Raises
     ------
     UsageError : an unknown format or option.
-    InputError : the export holds no note that can be read.
+    InputError : the export holds no note that can be read, or a row of codes cannot.
     """
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not known{nearest(format, FORMATS)}")
@@ -69,11 +71,65 @@ def load(path: Path | None = None, *, format: str, **options: Any) -> Corpus:
         f"the constant {chosen.institution}" if chosen.institution else _DEFAULT_LEVEL.get(format, "none")
     )
     card = replace(CARD, institution_means=f"what the {format} export names at the level chosen: {level}")
+    table = None if codes is None else read_codes(Path(codes), notes, left_out)
+    counts = f"{len(notes)} notes" + ("" if table is None else f", {len(table)} codes")
     return Corpus(
         notes=notes,
-        card=loaded(card, f"{len(notes)} notes{listed(left_out)}"),
+        card=loaded(card, counts + listed(left_out)),
+        codes=table,
         patients=pa.Table.from_pylist(rows, schema=PATIENT_SCHEMA),
     )
+
+
+def read_codes(path: Path, notes: pa.Table, left_out: Counter[str]) -> pa.Table:
+    """Read a table of codes and join it with the notes.
+
+    Its columns are `code`; `encounter_id`, `note_id` or both; `system` (ICD-10-CM where there is no such column); and
+    `institution`, which may be left out where no id is there at two institutions. Rows of encounters and notes that
+    the export does not hold are counted in `left_out`.
+
+    Raises
+    ------
+    MissingDataError : there is no such file.
+    InputError : a column is missing, a row names neither code nor owner, or an id is there at several institutions.
+    """
+    if not path.is_file():
+        raise MissingDataError(f"table of codes {path} does not exist")
+    owners: dict[tuple[str, str], dict[str, str]] = {}
+    for note in notes.select(["institution", "patient_id", "encounter_id", "note_id"]).to_pylist():
+        for kind in ("encounter_id", "note_id"):
+            if note[kind] is not None:
+                owners.setdefault((kind, note[kind]), {})[note["institution"]] = note["patient_id"]
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line, row in read_rows(path, ["code"]):
+        code, note_id, encounter = (row.get(name, "").strip() for name in ("code", "note_id", "encounter_id"))
+        if not code or not (note_id or encounter):
+            raise InputError(f"{path}, line {line}: no code, or neither note_id nor encounter_id; fill it in")
+        patients = owners.get(("note_id", note_id) if note_id else ("encounter_id", encounter), {})
+        institution = row.get("institution", "").strip()
+        if institution:
+            patients = {name: patient for name, patient in patients.items() if name == institution}
+        if len(patients) > 1:
+            raise InputError(
+                f"{path}, line {line}: its id is there at {len(patients)} institutions; add a column institution"
+            )
+        if not patients:
+            left_out["skipped (code of what the export does not hold)"] += 1
+            continue
+        [(institution, patient)] = patients.items()
+        system = row.get("system", "").strip() or "ICD-10-CM"
+        found.setdefault(
+            (institution, encounter, note_id, system, code),
+            {
+                "institution": institution,
+                "patient_id": patient,
+                "encounter_id": encounter or None,
+                "note_id": note_id or None,
+                "code": code,
+                "system": system,
+            },
+        )
+    return pa.Table.from_pylist(list(found.values()), schema=CODE_SCHEMA)
 
 
 def read_options(values: Mapping[str, Any]) -> ReadOptions:
@@ -82,7 +138,7 @@ def read_options(values: Mapping[str, Any]) -> ReadOptions:
     given: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise UsageError(f"corpus option {name!r} is not known{nearest(name, ['format', *known])}")
+            raise UsageError(f"corpus option {name!r} is not known{nearest(name, ['format', 'codes', *known])}")
         if name in _PATHS and value is not None:
             value = Path(value)
         elif name == "languages":

@@ -247,3 +247,47 @@ def test_ehr_export_errors(tmp_path):
     with pytest.raises(InputError, match="no table note that can be read; left out: 2 skipped") as caught:
         load_corpus("ehr_export", file, format="table", columns=COLUMNS, institution="X", languages="fr")
     assert MARKER not in str(caught.value)
+
+
+def coded_export(folder: Path, codes: str) -> dict[str, object]:
+    notes = folder / "notes.csv"
+    notes.write_text(
+        "note_id,patient_id,institution,encounter_id,text\n"
+        "n1,p1,North,e1,Fever.\nn2,p1,North,e1,Cough.\nn3,p2,South,e1,Pain.\nn4,p3,South,e2,Rash.\n",
+        "utf-8",
+    )
+    (folder / "codes.csv").write_text(codes, "utf-8")
+    return {"path": notes, "format": "table", "codes": str(folder / "codes.csv")}
+
+
+def test_ehr_export_takes_a_table_of_codes(tmp_path, capsys):
+    rows = (
+        "encounter_id,note_id,institution,code,system\n"
+        "e1,,North,R50.9,\ne1,,North,R50.9,\n,n4,,R21,ICD-10-CM\ne9,,,I10,\ne2,,South,0DJD8ZZ,ICD-10-PCS\n"
+    )
+    corpus = load_corpus("ehr_export", **coded_export(tmp_path, rows))
+    assert corpus.codes.schema == CODE_SCHEMA
+    found = [(row["patient_id"], row["encounter_id"], row["note_id"], row["code"], row["system"])
+             for row in corpus.codes.to_pylist()]  # fmt: skip
+    assert found == [
+        ("p1", "e1", None, "R50.9", "ICD-10-CM"),
+        ("p3", None, "n4", "R21", "ICD-10-CM"),
+        ("p3", "e2", None, "0DJD8ZZ", "ICD-10-PCS"),
+    ]
+    assert "1 skipped (code of what the export does not hold)" in corpus.card.size
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("encounter_id,icd\ne2,I10\n", "has no column code"),
+        ("encounter_id,code\ne2,\n", "codes.csv, line 2: no code"),
+        ("code\nI10\n", "codes.csv, line 2: no code, or neither note_id nor encounter_id"),
+        ("encounter_id,code\ne1,I10\n", "line 2: its id is there at 2 institutions; add a column institution"),
+    ],
+)
+def test_a_bad_table_of_codes_is_one_error(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_corpus("ehr_export", **coded_export(tmp_path, rows))
+    with pytest.raises(MissingDataError, match="does not exist"):
+        load_corpus("ehr_export", **{**coded_export(tmp_path, rows), "codes": str(tmp_path / "none.csv")})
