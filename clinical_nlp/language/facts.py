@@ -624,7 +624,10 @@ def _is_side(text: str, tokens: list[_Token], at: int) -> bool:
     previous = tokens[at - 1].text if at else ""
     if token.text in ("l", "r"):
         glued = text[token.end : token.end + 1] in ("/", "'", ".", "&")
-        return not glued and following.isalpha() and previous not in ("/", "&") and not previous[:1].isdigit()
+        sided = following == "-" and at + 2 < len(tokens) and tokens[at + 2].text == "sided"
+        return (
+            not glued and (following.isalpha() or sided) and previous not in ("/", "&") and not previous[:1].isdigit()
+        )
     if token.text == "left":
         return following not in _LEFT_VERB or previous in ("the", "on")
     if token.text == "right":
