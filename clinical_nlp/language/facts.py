@@ -187,6 +187,29 @@ def is_plain(word: str) -> bool:
     return word in _plain() or word in FREE or light(word) in _plain()
 
 
+def values_in(text: str) -> set[float]:
+    """Return every number of a text, in figures or spelled: `forty-two`, `a hundred and twenty`, `nineteen ninety`."""
+    found = {float(value.replace(",", "")) for value in re.findall(_VALUE, text)}
+    total: float | None = None
+    for token in [*tokens_of(text), _Token(0, 0, ".", "")]:
+        value = _SPELLED.get(token.text)
+        if value is not None:
+            found.add(float(value))
+            if total is None:
+                total = value
+            elif total % 100 == 0 or (total % 10 == 0 and total % 100 >= 20 and value < 10):
+                total += value
+            else:  # `nineteen ninety`, `one twenty`
+                found.add(float(total))
+                total = total * 100 + value
+        elif token.text in ("hundred", "thousand"):
+            total = (1 if total is None else total) * (100 if token.text == "hundred" else 1000)
+        elif total is not None and token.text not in ("and", "-"):
+            found.add(float(total))
+            total = None
+    return found
+
+
 @lru_cache(maxsize=20_000)
 def names_of(name: str) -> frozenset[str]:
     """Return the stems of every name of a concept."""
@@ -502,11 +525,11 @@ def _fits(text: str, tokens: list[_Token], first: int, last: int, entry: _Entry,
         lower = written.lower()
         if lower == "ct" and first and tokens[first - 1].text == "plt":
             return False
-        if one_case and lower in _NEVER_ALONE:
+        if one_case and (lower in _NEVER_ALONE or is_plain(lower)):
             return lower == entry.form.lower() and _apart(tokens, first, last)
-        if written == entry.form:
+        if written == entry.form or (written[-1] == "s" and written[:-1] == entry.form):
             return True
-        if entry.form.lower() not in (lower, lower.removesuffix("s")):
+        if entry.form.lower() not in (lower, lower.removesuffix("s")) or is_plain(lower):
             return False
         return one_case or (lower not in _WORDLIKE and len(lower) > 2)
     if entry.single:

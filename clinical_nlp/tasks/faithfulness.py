@@ -17,7 +17,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from clinical_nlp.language.facts import Fact, broader, is_clinical, is_plain, names_of, read_facts, readable, tokens_of
+from clinical_nlp.language.facts import (
+    Fact,
+    broader,
+    is_clinical,
+    is_plain,
+    names_of,
+    read_facts,
+    readable,
+    tokens_of,
+    values_in,
+)
 from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.language.terminology.normalization import FREE
 from clinical_nlp.runs import Estimate
@@ -105,6 +115,7 @@ class _Text:
     words: tuple[frozenset[str], ...]  # the stems of each sentence
     stems: tuple[frozenset[str], ...]  # with those of the other names of its concepts
     all_stems: frozenset[str]
+    values: frozenset[float]
 
 
 @lru_cache(maxsize=16)
@@ -135,6 +146,8 @@ def _read(text: str) -> _Text:
         whose = "patient" if fact.experiencer == "patient" else "other"
         if fact.modality != "actual" or (fact.kind == "finding" and fact.temporality == "future"):
             whose = "open"
+        if sentences and text[sentences[at][1] - 1] == "?":  # asked, not said
+            whose = "open"
         own = _content(fact)
         attached = False
         if fact.kind == "phrase":
@@ -145,9 +158,8 @@ def _read(text: str) -> _Text:
         if fact.kind != "phrase":
             stems[at] |= names_of(fact.name)
     sets = tuple(frozenset(found) for found in stems)
-    return _Text(
-        tuple(said), tuple(numbers), tuple(sentences), tuple(map(tuple, words)), plain, sets, frozenset().union(*sets)
-    )
+    return _Text(tuple(said), tuple(numbers), tuple(sentences), tuple(map(tuple, words)), plain, sets,
+                 frozenset().union(*sets), frozenset(values_in(text)))  # fmt: skip
 
 
 _BREAK = re.compile(r"[,;:.()|]|\b(?:and|or|but|nor)\b", re.IGNORECASE)
@@ -537,7 +549,7 @@ def _against_source(made: _Text, source: _Text, compared: dict[str, int]) -> dic
                 unsupported.append(said.fact)
         elif said.fact.name not in above and not _worded(said, source):
             unsupported.append(said.fact)
-    values = {said.fact.value for said in source.numbers}
+    values = {said.fact.value for said in source.numbers} | source.values
     numbers = {(said.fact.value, said.fact.unit): said.fact for said in made.numbers}
     unsupported += [fact for (value, _), fact in numbers.items() if value not in values]
     compared["checked"], compared["asserted_source"] = len(facts), asserted
