@@ -235,7 +235,21 @@ def _macro_f1(
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(np.where(drawn, each, 0.0).sum(-1) / drawn.sum(-1))
 
-    return patient_bootstrap(counts, formula, n_notes=n_notes, part=part, seed=seed, n_resamples=1000)
+    plain = patient_bootstrap(counts, formula, n_notes=n_notes, part=part, seed=seed, n_resamples=1)
+    if plain.note.startswith(("undefined: nothing", "fewer")):
+        return plain
+    draws = np.random.default_rng(seed).multinomial(n_patients, np.full(n_patients, 1 / n_patients), 1000)
+    bounds, note = percentile_interval(_centred(formula(draws @ counts), plain.value), plain.value, n_patients)
+    return Estimate(plain.value, *bounds, n_patients, n_notes, part, note)
+
+
+def _centred(resampled: np.ndarray, value: float) -> np.ndarray:
+    """Move resampled means over labels so that their mean is the value.
+
+    A resample lacks some of the labels that few patients have, which are not scored like the others: its mean over the
+    labels that it has is of other labels.
+    """
+    return np.asarray(np.clip(resampled - (np.nanmean(resampled) - value), 0, 1))
 
 
 def _auc_micro(
@@ -291,5 +305,5 @@ def _auc_macro(
         whole = weights[:, have].sum(1) * weights[:, lack].sum(1)
         total += np.where(whole > 0, part_of / np.maximum(whole, 1e-300), 0.0)
         defined += whole > 0
-    bounds, note = percentile_interval(total / np.maximum(defined, 1), value, len(ids))
+    bounds, note = percentile_interval(_centred(total / np.maximum(defined, 1), value), value, len(ids))
     return Estimate(value, *bounds, len(ids), n_notes, part, note)

@@ -140,3 +140,16 @@ def test_calibration_of_nothing_is_the_identity():
 def test_calibration_stays_finite_on_separable_scores():
     found = fit_calibration(np.array([-3.0, -2.0, 2.0, 3.0]), np.array([False, False, True, True]))
     assert 0 < found.slope < 150
+
+
+def test_the_interval_of_a_mean_over_rare_labels_holds_it():
+    """Most labels are in one document, where a resample has them or has them not."""
+    generator = np.random.default_rng(0)
+    gold = np.zeros((80, 400), bool)
+    gold[generator.integers(0, 80, 400), np.arange(400)] = True
+    gold[:, 0] = True
+    scores = np.where(gold, 0.4, 0.0) + generator.random(gold.shape) * 0.5
+    scores[:, 0] += 1
+    found = score(scores, gold, 0.8, [str(i) for i in range(80)], train_counts=np.ones(400), part="test", seed=0)
+    estimate = found["test.macro_f1"]
+    assert estimate.low < estimate.value < estimate.high
