@@ -315,12 +315,12 @@ def unwrapped(text: str) -> str:
     return "".join(pieces)
 
 
-_LONG_WORD = re.compile(r"(?<![\w@*])[^\W\d_]{6,}(?![\w@*])")
+_LONG_WORD = re.compile(r"(?<![\w@*])[^\W\d_]{5,}(?![\w@*])")
 
 
 @lru_cache(maxsize=1)
 def _spellings() -> tuple[frozenset[str], dict[str, list[str]]]:
-    """Return the words that are known, and those of six letters or more by every form with one letter left open."""
+    """Return the words that are known, and those of five letters or more by every form with one letter left open."""
     terminology = _annotator().terminology
     texts: list[str] = [name.text for key in sorted(terminology.matchable) for name in terminology.names(key)]
     for table in ("findings.csv", "drugs.csv", "procedures.csv"):
@@ -329,7 +329,7 @@ def _spellings() -> tuple[frozenset[str], dict[str, list[str]]]:
     known = {word.lower() for text in texts for word in _words(text) if word.isalpha()} | _plain()
     forms: dict[str, list[str]] = {}
     for word in sorted(known):
-        if len(word) >= 6:
+        if len(word) >= 5:
             for at in range(1, len(word)):
                 forms.setdefault(f"{word[:at]}?{word[at + 1 :]}", []).append(word)
     return frozenset(known), forms
@@ -418,7 +418,7 @@ def _one_case(text: str, tokens: list[_Token]) -> list[bool]:
     ends = []
     for line in text.split("\n"):
         position += len(line) + 1
-        ends.append((position, sum(c.isupper() for c in line) >= 12 and not any(c.islower() for c in line)))
+        ends.append((position, sum(c.isupper() for c in line) >= 8 and not any(c.islower() for c in line)))
     at = 0
     for token in tokens:
         while token.start >= ends[at][0]:
@@ -437,7 +437,8 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
     starts = [token.start for token in tokens]
     for match in _annotator().match(text):
         first = bisect_right(starts, match.start) - 1
-        if text[match.start : match.end].lower() in _HEADINGS:
+        lower = text[match.start : match.end].lower()
+        if lower in _HEADINGS or (one_case[first] and len(lower) < 5 and (lower in _NEVER_ALONE or is_plain(lower))):
             continue
         if tokens[first].text in _DEGREES:
             # `mild fever` is a concept of its own in HPO, and is fever here.

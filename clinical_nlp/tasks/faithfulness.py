@@ -120,7 +120,7 @@ class _Text:
 
 @lru_cache(maxsize=16)
 def _read(text: str) -> _Text:
-    text = readable(text)
+    written, text = text, readable(text)
     sentences = find_sentences(text)
     starts = [start for start, _ in sentences]
     words: list[list[str]] = [[] for _ in sentences]
@@ -134,7 +134,7 @@ def _read(text: str) -> _Text:
             stems[at].add(token.stem)
     plain = tuple(frozenset(found) for found in stems)
     said, numbers = [], []
-    facts = read_facts(text)
+    facts = read_facts(written)
     concepts = [fact for fact in facts if fact.kind not in ("phrase", "number")]
     starts_of, ends_of = [fact.start for fact in concepts], [fact.end for fact in concepts]
     for fact in facts:
