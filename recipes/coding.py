@@ -187,7 +187,12 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
         counts = np.array([taught[code] for code in columns])
         run.record(multilabel.score(found, gold, threshold, patients, train_counts=counts, part=part, seed=seed))
         run.record(calibration_error(calibration(found[:, : len(codes)]), gold[:, : len(codes)], patients, part))
-        for name, (held_out, tuned, rows) in baselines(config, data, task, untrained).items():
+        measured = baselines(config, data, task, untrained)
+        for absent in sorted({*config.baselines} - measured.keys()):
+            why = "this base model cannot be prompted: it is an encoder, or no code has a name"
+            none = Estimate(math.nan, math.nan, math.nan, len(set(patients)), len(patients), part, why)
+            run.record({f"test.baseline_{absent}.{key}": none for key in _KEPT})
+        for name, (held_out, tuned, rows) in measured.items():
             limit = multilabel.choose_threshold(tuned, data.gold(data.development)[: len(tuned)])
             run.record(
                 kept_scores(
@@ -540,7 +545,6 @@ def prompting(config: CodingConfig, data: Coded, task: coding.CodingTask, names:
 
     base = load_base(config.base_model, kind="language", quantization=config.strategy.quantization)
     if not base.is_decoder:
-        say(f"{config.base_model} is an encoder, which cannot be prompted with examples")
         return {}
     say(f"baseline: prompting, {' and '.join(names)}")
     held_out = list(range(min(config.baseline_documents, len(data.held_out))))

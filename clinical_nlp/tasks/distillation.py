@@ -101,7 +101,7 @@ def collate_documents(examples: Sequence[tuple[list[list[int]], np.ndarray]], *,
     import torch
 
     n_codes = len(examples[0][1])
-    plain: list[tuple[list[list[int]], list[int]]] = [(chunks, []) for chunks, _ in examples]
+    plain: list[coding.Example] = [(chunks, []) for chunks, _ in examples]
     batch: dict[str, Any] = coding.collate(plain, n_codes=n_codes, pad_token_id=pad_token_id)
     labels: torch.Tensor = torch.from_numpy(np.stack([row for _, row in examples]))
     return {**batch, "labels": labels, "shift_labels": labels}
