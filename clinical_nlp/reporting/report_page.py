@@ -60,7 +60,7 @@ def report_page(run: Run) -> str:
     rest = [row for row in range(len(drafts)) if row not in set(worst)]
     sample = sorted(np.random.default_rng(manifest.get("seed") or 0).permutation(rest)[:SHOWN].tolist()) if rest else []
     sections = [
-        Section("", [_headline(run, drafts), *_changes(run)]),
+        Section("", [_headline(run, drafts), *_below(run), *_changes(run)]),
         Section("What was measured", [_scores(run), Text(_METHOD)]),
         Section("What was cut, left out or not finished", [Points(_left_out(manifest))]),
         Section("The worst of the held-out notes", _shown(drafts, worst, errors)),
@@ -120,6 +120,22 @@ def _headline(run: Run, drafts: Sequence[dict[str, Any]]) -> Notice:
         tone="caution",
         heading="Drafts, unreviewed",
     )
+
+
+def _below(run: Run) -> list[Notice]:
+    """Say so where a baseline that has learned nothing states more of the right facts."""
+    own = run.metrics.get("test.fact_f1", {}).get("value")
+    better = [
+        f"{name} ({_value(run.metrics[f'{system}.fact_f1'])})"
+        for system, name in SYSTEMS.items()
+        if system.startswith("baseline_")
+        and own is not None
+        and (run.metrics.get(f"{system}.fact_f1", {}).get("value") or 0) >= own
+    ]
+    if not better:
+        return []
+    text = f"By clinical-fact F1 it does no better than: {'; '.join(better)}. Do not use it to draft reports."
+    return [Notice(text, tone="bad", heading="Below a baseline")]
 
 
 def _changes(run: Run) -> list[Any]:

@@ -58,6 +58,15 @@ def test_every_doubtful_statement_is_marked_and_named(tmp_path):
     assert "side error rate (no side is stated in both texts)" in page
     assert page.index("Note p2") < page.index("Note p1"), "the worst comes first"
     assert "<script" not in page
+    assert "Below a baseline" not in page
+
+
+def test_a_run_that_copying_beats_is_not_to_be_used(tmp_path):
+    page_of(tmp_path, "No effusion.", "No effusion.", "Effusion.")
+    run = Run.load(tmp_path / "run")
+    run.record({"baseline_copy_longest.fact_f1": Estimate(0.9, 0.8, 0.95, 30, 30)})
+    page = report_page(run)
+    assert "does no better than: longest part copied (0.900 (0.800 to 0.950))" in page
 
 
 def test_marked_passages_do_not_overlap_and_keep_the_text():
