@@ -24,8 +24,8 @@ KEPT = ("fact_f1", "invention_rate", "flipped_rate", "flipped_source_rate", "sid
         "rouge2", "rougeL")  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "planted": {"preference.pairs": 2000},
-    "own": {"preference.pairs": 0, "preference.own": 2000},
-    "planted_and_own": {"preference.pairs": 2000, "preference.own": 2000},
+    "own": {"preference.pairs": 0, "preference.own": 1500, "preference.epochs": 2.0},
+    "planted_and_own": {"preference.pairs": 1000, "preference.own": 1500, "preference.sft_weight": 0.5},
 }
 
 
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--base-model", default="builtin:tiny")
     parser.add_argument("--patients", type=int, default=10_000, help="of one institution; about a third have a pair")
-    parser.add_argument("--epochs", type=float, default=1.5, help="of SFT; the longer it learns, the less is left to gain")
+    parser.add_argument(
+        "--epochs", type=float, default=1.5, help="of SFT; the longer it learns, the less is left to gain"
+    )
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of DPO")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))

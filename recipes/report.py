@@ -22,6 +22,7 @@ from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest
 from clinical_nlp.runs import Run, write_atomic
+from clinical_nlp.tasks.correction import corrected
 from clinical_nlp.tasks.generation import Draft, Verify
 from clinical_nlp.tasks.preferences import KINDS, plant_error
 from clinical_nlp.tasks.report import (
@@ -54,13 +55,13 @@ from clinical_nlp.training.trainer import PreferenceLoss, TrainingConfig, train
 
 
 class PreferenceConfig(Config):
-    """Prefer the references over the same texts with one clinical error (DPO)."""
+    """Prefer texts over the same texts with a clinical error (DPO)."""
 
     pairs: int = Field(default=1000, ge=0)
     """References in which an error is planted (negation, side, number, finding added or dropped; alike often)."""
     own: int = Field(default=0, ge=0)
     """Sources for which the model itself writes, those of the development part first, which it did not learn from, then
-    those of the training part; what it writes with a clinical error is rejected too."""
+    those of the training part; what has a clinical error is rejected in favour of the same draft put right."""
     beta: float = Field(default=0.1, gt=0)
     """How dearly the model pays for moving away from what it was."""
     sft_weight: float = Field(default=0.2, ge=0)
@@ -302,24 +303,24 @@ def preferences(
 
     rng = np.random.default_rng(config.seed)
     training = [data.pairs[row] for row in data.split.train]
-    chosen: list[tuple[Pair, str, str]] = []
+    chosen: list[tuple[Pair, str, str, str]] = []  # of each: preferred, rejected, kind of error
     order = rng.permutation(len(training))
     vocabulary = stated_findings([training[int(place)].target for place in order[:500]])
     for place, kind in enumerate(interleaved(rng, KINDS, preference.pairs)):
         pair = training[int(order[place % len(order)])]
         if (found := planted(pair.target, kind, rng, vocabulary)) is not None:
-            chosen.append((pair, *found))
+            chosen.append((pair, pair.target, *found))
     if preference.own:
         unseen = [data.pairs[row] for row in rng.permutation(data.split.development)]
         mine = [*unseen, *(training[int(row)] for row in rng.permutation(len(training)))][: preference.own]
         for pair, draft in zip(mine, write_all(config, base, task, mine), strict=True):
             if draft is not None and has_error(draft, pair):
-                chosen.append((pair, draft.text, "own"))
-    encoded = task.encode_sources([pair.source for pair, _, _ in chosen], base.tokenizer)
+                chosen.append((pair, corrected(draft.text, pair.target, pair.source), draft.text, "own"))
+    encoded = task.encode_sources([pair.source for pair, *_ in chosen], base.tokenizer)
     kept = [(item, prompt) for item, prompt in zip(chosen, encoded.prompts, strict=True) if prompt is not None]
     rows = preference_rows(
-        task, [prompt for _, prompt in kept], [item[0].target for item, _ in kept],
-        [item[1] for item, _ in kept], base.tokenizer,
+        task, [prompt for _, prompt in kept], [item[1] for item, _ in kept],
+        [item[2] for item, _ in kept], base.tokenizer,
     )  # fmt: skip
     if not rows:
         raise InputError("preference: no error could be planted in the training reports, which hold no clinical fact")
