@@ -1,4 +1,4 @@
-"""A draft set right by its reference, a sentence at a time: the preferred side of a pair that differs in facts alone."""
+"""A draft set right by its reference, a sentence at a time: a preferred text that differs in facts alone."""
 
 from __future__ import annotations
 
