@@ -108,25 +108,31 @@ def collate_documents(examples: Sequence[tuple[list[list[int]], np.ndarray]], *,
 
 
 def write_student(texts: Sequence[str], folder: Path, *, layers: int, hidden: int, vocabulary: int, seed: int) -> None:
-    """Write a small encoder that knows nothing yet, with a WordPiece vocabulary of the texts it will read.
+    """Write a small encoder that knows nothing yet, with a byte-level vocabulary of the texts it will read.
+
+    The same texts and seed give the same bytes. (A WordPiece vocabulary would not: its trainer numbers the pieces in
+    the order of a hash table.)
 
     Parameters
     ----------
     texts : the unlabelled notes.
     layers, hidden : size of the encoder; one attention head for each 32 of `hidden`.
-    vocabulary : most pieces.
+    vocabulary : most pieces, the 256 bytes among them.
     """
     import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    special["mask_token"] = "[MASK]"
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(special.values()), show_progress=False
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)

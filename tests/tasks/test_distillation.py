@@ -22,7 +22,7 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("students")
     distillation.write_student(
         ["no fever or severe cough today", "aspirin 81 mg daily"] * 5, folder / "new", layers=1, hidden=32,
-        vocabulary=200, seed=0,
+        vocabulary=400, seed=0,
     )  # fmt: skip
     names = {
         "decoder": write_decoder(tmp_path_factory.mktemp("decoder")),
@@ -139,9 +139,12 @@ def test_documents_carry_the_probability_of_each_code(tmp_path):
 
 
 def test_a_new_student_is_the_same_each_time(tmp_path):
-    write = partial(distillation.write_student, ["no fever"] * 3, layers=1, hidden=32, vocabulary=100)
+    texts = [f"no {word} today, {word * 2}" for word in ("fever", "cough", "pain", "rash", "chills", "ache", "edema")]
+    write = partial(distillation.write_student, texts, layers=1, hidden=32, vocabulary=400)
     write(tmp_path / "a", seed=1)
     write(tmp_path / "b", seed=1)
     write(tmp_path / "c", seed=2)
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert same[0] == same[1] != same[2]
+    vocabularies = [(tmp_path / name / "tokenizer.json").read_bytes() for name in "abc"]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
