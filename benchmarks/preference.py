@@ -25,8 +25,10 @@ KEPT = ("fact_f1", "invention_rate", "flipped_rate", "flipped_source_rate", "sid
 ARMS: dict[str, dict[str, Any]] = {
     "planted": {"preference.pairs": 2000},
     "own": {"preference.pairs": 0, "preference.own": 1500, "preference.epochs": 2.0},
-    "planted_and_own": {"preference.pairs": 1000, "preference.own": 1500, "preference.sft_weight": 0.5},
+    "planted_and_own": {"preference.pairs": 1000, "preference.own": 1000},
+    "control": {"preference.pairs": 1000, "preference.own": 1000, "preference.beta": 1e-6},
 }
+"""`control` has the pairs of `planted_and_own` and learns their references alone: at such a beta DPO has no gradient."""
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=float, default=1.5, help="of SFT; the longer it learns, the less is left to gain"
     )
-    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--beta", type=float, default=0.3)
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of DPO")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
@@ -81,7 +83,7 @@ def main() -> None:
         rows.append(
             {
                 "arm": arm,
-                "settings": {**ARMS[arm], "beta": options.beta, "learning_rate": options.learning_rate},
+                "settings": run.manifest["config"]["preference"],
                 "training": run.manifest["training"],
                 **{f"change.{name}": run.metrics[f"change.{name}"] for name in KEPT},
                 **{f"after.{name}": run.metrics[f"test.{name}"] for name in KEPT},

@@ -22,7 +22,6 @@ from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest
 from clinical_nlp.runs import Run, write_atomic
-from clinical_nlp.tasks.correction import corrected
 from clinical_nlp.tasks.generation import Draft, Verify
 from clinical_nlp.tasks.preferences import KINDS, plant_error
 from clinical_nlp.tasks.report import (
@@ -61,14 +60,14 @@ class PreferenceConfig(Config):
     """References in which an error is planted (negation, side, number, finding added or dropped; alike often)."""
     own: int = Field(default=0, ge=0)
     """Sources for which the model itself writes, those of the development part first, which it did not learn from, then
-    those of the training part; what has a clinical error is rejected in favour of the same draft put right."""
-    beta: float = Field(default=0.1, gt=0)
+    those of the training part; what it writes with a clinical error is rejected too."""
+    beta: float = Field(default=0.3, gt=0)
     """How dearly the model pays for moving away from what it was."""
-    sft_weight: float = Field(default=0.2, ge=0)
+    sft_weight: float = Field(default=1.0, ge=0)
     """Weight of learning the reference along, which keeps its likelihood from falling with the rejected one."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the preference pairs, in the place of training.epochs."""
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate, in the place of training.learning_rate; 5e-6 to 2e-5 for large models."""
 
 
@@ -303,24 +302,24 @@ def preferences(
 
     rng = np.random.default_rng(config.seed)
     training = [data.pairs[row] for row in data.split.train]
-    chosen: list[tuple[Pair, str, str, str]] = []  # of each: preferred, rejected, kind of error
+    chosen: list[tuple[Pair, str, str]] = []  # rejected text and kind of error
     order = rng.permutation(len(training))
     vocabulary = stated_findings([training[int(place)].target for place in order[:500]])
     for place, kind in enumerate(interleaved(rng, KINDS, preference.pairs)):
         pair = training[int(order[place % len(order)])]
         if (found := planted(pair.target, kind, rng, vocabulary)) is not None:
-            chosen.append((pair, pair.target, *found))
+            chosen.append((pair, *found))
     if preference.own:
         unseen = [data.pairs[row] for row in rng.permutation(data.split.development)]
         mine = [*unseen, *(training[int(row)] for row in rng.permutation(len(training)))][: preference.own]
         for pair, draft in zip(mine, write_all(config, base, task, mine), strict=True):
             if draft is not None and has_error(draft, pair):
-                chosen.append((pair, corrected(draft.text, pair.target, pair.source), draft.text, "own"))
+                chosen.append((pair, draft.text, "own"))
     encoded = task.encode_sources([pair.source for pair, *_ in chosen], base.tokenizer)
     kept = [(item, prompt) for item, prompt in zip(chosen, encoded.prompts, strict=True) if prompt is not None]
     rows = preference_rows(
-        task, [prompt for _, prompt in kept], [item[1] for item, _ in kept],
-        [item[2] for item, _ in kept], base.tokenizer,
+        task, [prompt for _, prompt in kept], [item[0].target for item, _ in kept],
+        [item[1] for item, _ in kept], base.tokenizer,
     )  # fmt: skip
     if not rows:
         raise InputError("preference: no error could be planted in the training reports, which hold no clinical fact")
