@@ -28,7 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "planted_and_own": {"preference.pairs": 1000, "preference.own": 1000},
     "control": {"preference.pairs": 1000, "preference.own": 1000, "preference.beta": 1e-6},
 }
-"""`control` has the pairs of `planted_and_own` and learns their references alone: at such a beta DPO has no gradient."""
+"""`control` has the pairs of `planted_and_own` and learns their references alone: such a beta gives DPO no gradient."""
 
 
 def main() -> None:
