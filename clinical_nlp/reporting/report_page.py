@@ -125,12 +125,11 @@ def _headline(run: Run, drafts: Sequence[dict[str, Any]]) -> Notice:
 def _below(run: Run) -> list[Notice]:
     """Say so where a baseline that has learned nothing states more of the right facts."""
     own = run.metrics.get("test.fact_f1", {}).get("value")
+    others = {name: run.metrics.get(f"{system}.fact_f1") for system, name in SYSTEMS.items() if "baseline" in system}
     better = [
-        f"{name} ({_value(run.metrics[f'{system}.fact_f1'])})"
-        for system, name in SYSTEMS.items()
-        if system.startswith("baseline_")
-        and own is not None
-        and (run.metrics.get(f"{system}.fact_f1", {}).get("value") or 0) >= own
+        f"{name} ({_value(entry)})"
+        for name, entry in others.items()
+        if own is not None and entry is not None and entry["value"] is not None and entry["value"] >= own
     ]
     if not better:
         return []
