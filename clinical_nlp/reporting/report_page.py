@@ -213,7 +213,9 @@ def _left_out(manifest: dict[str, Any]) -> list[str]:
         "notes were left out.",
         f"{made.get('not_stopped')} of {made.get('n_notes')} drafts were ended by their length and not by the model; "
         f"{made.get('empty')} are empty.",
-        f"{made.get('statements_unsupported')} statements are marked as not borne out by their source; "
+        "Drafts were not checked against their sources when they were written (verify none)."
+        if manifest.get("config", {}).get("verify") == "none"
+        else f"{made.get('statements_unsupported')} statements are marked as not borne out by their source; "
         f"{made.get('sentences_dropped')} sentences were dropped for that.",
         f"{made.get('sources_also_in_training')} held-out sources are, word for word, also in the training part.",
     ]
