@@ -23,7 +23,7 @@ from clinical_nlp.runs import Run, package_versions, write_json
 KEPT = ("fact_f1", "invention_rate", "flipped_rate", "flipped_source_rate", "side_error_rate", "error_rate", "rouge1",
         "rouge2", "rougeL")  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
-    "planted": {"preference.pairs": 2000},
+    "planted": {"preference.pairs": 900, "preference.learning_rate": 1.5e-5},
     "own": {"preference.pairs": 0, "preference.own": 1500, "preference.epochs": 2.0},
     "planted_and_own": {"preference.pairs": 1000, "preference.own": 1000},
     "control": {"preference.pairs": 1000, "preference.own": 1000, "preference.beta": 1e-6},
