@@ -68,7 +68,8 @@ class PreferenceConfig(Config):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the preference pairs, in the place of training.epochs."""
     learning_rate: float = Field(default=1.5e-5, gt=0)
-    """Peak learning rate, in the place of training.learning_rate; 5e-6 for large models. Higher rates cost wording before they change facts."""
+    """Peak learning rate, in the place of training.learning_rate; 5e-6 for large models. Higher ones change wording
+    before they change facts."""
 
 
 class ReportConfig(RecipeConfig):
