@@ -31,10 +31,10 @@ from clinical_nlp.training.trainer import TrainingConfig, train
 
 
 class StudentConfig(Config):
-    """A student that is made anew, where no base_model is named."""
+    """A student that is made anew, where no base_model is named: a small unmasked Llama."""
 
     layers: int = Field(default=2, ge=1)
-    """Layers of the encoder."""
+    """Its layers."""
     hidden: int = Field(default=128, ge=32, multiple_of=32)
     """Its width."""
     vocabulary: int = Field(default=6000, ge=200)
@@ -47,7 +47,7 @@ class DistilConfig(RecipeConfig):
     teacher: str = ""
     """Directory of the finished ner or coding run that is the teacher."""
     base_model: str | None = None
-    """The student: hub id, local folder or earlier run; without one, a small encoder is made (see student)."""
+    """The student: hub id, local folder or earlier run; without one, a small model is made (see student)."""
     student: StudentConfig = StudentConfig()
     """Size of the student that is made."""
     strategy: StrategyConfig = StrategyConfig(name="full")
@@ -64,7 +64,7 @@ class DistilConfig(RecipeConfig):
 CONFIG = DistilConfig
 TEACHER = "teacher.npz"
 """What the teacher said, kept so that a resumed run does not ask again; it holds probabilities and no text."""
-_NEW = 1e-3
+_NEW = 2e-3
 """Peak learning rate of a student that starts from nothing."""
 
 
@@ -280,7 +280,7 @@ def student(config: DistilConfig, run: Run, texts: Sequence[str]) -> BaseModel:
     folder = run.path / "student"
     if not (folder / "model.safetensors").is_file():
         distillation.write_student(texts, folder, **config.student.model_dump(), seed=config.seed)
-    return load_base(str(folder))
+    return load_base(str(folder), bidirectional=True)
 
 
 def fit(

@@ -21,7 +21,7 @@ from clinical_nlp.notes.corpus import load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest
-from clinical_nlp.runs import Run, write_atomic
+from clinical_nlp.runs import Run
 from clinical_nlp.tasks.generation import Draft, Verify
 from clinical_nlp.tasks.preferences import KINDS, plant_error
 from clinical_nlp.tasks.report import (
@@ -186,11 +186,9 @@ def run(config: ReportConfig, output: Path, *, resume: bool = False) -> Run:
             split=data.split.describe(),
         )
     if is_main_process():
-        from clinical_nlp.reporting.model_card import model_card
         from clinical_nlp.reporting.page import run_report
 
         run_report(run)
-        write_atomic(run.path / "model_card.md", model_card(run))
     return run
 
 

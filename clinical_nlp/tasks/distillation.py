@@ -108,22 +108,23 @@ def collate_documents(examples: Sequence[tuple[list[list[int]], np.ndarray]], *,
 
 
 def write_student(texts: Sequence[str], folder: Path, *, layers: int, hidden: int, vocabulary: int, seed: int) -> None:
-    """Write a small encoder that knows nothing yet, with a byte-level vocabulary of the texts it will read.
+    """Write a small model that knows nothing yet, with a byte-level vocabulary of the texts it will read.
 
-    The same texts and seed give the same bytes. (A WordPiece vocabulary would not: its trainer numbers the pieces in
-    the order of a hash table.)
+    It has the architecture of Llama and is meant to be loaded with `bidirectional`: rotary positions let it learn from
+    few notes what stands next to what, which learned positions take far longer for. The same texts and seed give the
+    same bytes. (A WordPiece vocabulary would not: its trainer numbers the pieces in the order of a hash table.)
 
     Parameters
     ----------
     texts : the unlabelled notes.
-    layers, hidden : size of the encoder; one attention head for each 32 of `hidden`.
+    layers, hidden : size of the model; one attention head for each 32 of `hidden`.
     vocabulary : most pieces, the 256 bytes among them.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -135,18 +136,23 @@ def write_student(texts: Sequence[str], folder: Path, *, layers: int, hidden: in
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **special)
     torch.manual_seed(seed)
-    config = BertConfig(
+    heads = max(1, hidden // 32)
+    config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 32),
-        intermediate_size=4 * hidden,
-        max_position_embeddings=512,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
         pad_token_id=fast.pad_token_id,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
     )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    config.is_causal = False
+    LlamaModel(config).save_pretrained(folder)
     fast.save_pretrained(folder)
 
 
