@@ -6,7 +6,6 @@ code is called starts its query, so a code that nobody was taught has a score to
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
 from clinical_nlp.runs import Run, write_atomic, write_csv, write_json
 from clinical_nlp.statistics.calibration import Calibration
-from clinical_nlp.tasks.ner import special_tokens
+from clinical_nlp.tasks.ner import load_head, special_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -628,14 +627,3 @@ def save(folder: Path, model: Any, task: CodingTask, base: BaseModel, *, full: b
         save_adapter(model.network, folder / "adapter", name=ADAPTER, prefix=backbone_prefix(model.network))
     values = asdict(task) | {"task": "coding", "quantization": base.quantization}
     write_json(folder / "task.json", values | {"descriptions": model.head.descriptions is not None} | decided)
-
-
-def load_head(model: Any, folder: Path) -> None:
-    """Put the saved head of a run into a model of the same codes."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.head.load_state_dict(load_file(folder / "head.safetensors"))
-    except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError):
-        raise ModelError(f"{folder / 'head.safetensors'} is missing, damaged or of another task") from None
