@@ -78,8 +78,13 @@ def run(config: DistilConfig, output: Path, *, resume: bool = False) -> Run:
         kind = read_task(folder).get("task")
         if kind not in ("ner", "coding"):
             raise ModelError(f"teacher {folder} was trained for {kind}; distil needs a ner or a coding run")
+        made = Run.load(folder).manifest.get("config") or {}
+        mine = config.model_dump(mode="json")
+        same = all(made.get(key) == mine[key] for key in ("corpus", "split", "seed"))
+        if not same:
+            say("the teacher had another corpus, split or seed: it may have learned from patients held out here")
         (distil_ner if kind == "ner" else distil_coding)(config, run, resume)
-        run.note(teacher={"run": str(folder), "task": kind, "config": Run.load(folder).manifest.get("config")})
+        run.note(teacher={"run": str(folder), "task": kind, "config": made, "held_out_the_same": same})
     if is_main_process():
         from clinical_nlp.reporting.page import run_report
 
@@ -357,8 +362,12 @@ def report(run: Run) -> str:
 
     metrics = run.metrics
     share, faster = metrics["test.f1_kept"]["value"], metrics["test.times_faster"]["value"]
+    same = run.manifest.get("teacher", {}).get("held_out_the_same")
+    seen = (
+        "neither has seen" if same else "it has not seen (the teacher may have: its corpus, split or seed was another)"
+    )
     words = "The student's F1 is not defined." if share is None else (
-        f"The student keeps {100 * share:.1f} % of the teacher's F1 on patients neither has seen, and reads "
+        f"The student keeps {100 * share:.1f} % of the teacher's F1 on patients {seen}, and reads "
         f"{faster:.1f} times as many notes a second."
     )  # fmt: skip
     names = {

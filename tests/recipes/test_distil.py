@@ -45,7 +45,9 @@ def test_a_student_of_a_tagger_is_a_tagger(tmp_path, tagger):
     assert NerPredictor.load(run.path).task.labels == NerPredictor.load(tagger).task.labels
     assert run.metrics["test.times_faster"]["value"] > 0
     assert run.metrics["test.student_f1"]["value"] == run.metrics["test.f1_strict"]["value"]
-    assert "What is lost, what is won" in (run.path / "report.html").read_text("utf-8")
+    page = (run.path / "report.html").read_text("utf-8")
+    assert "What is lost, what is won" in page
+    assert "neither has seen" in page
     with np.load(run.path / distil.TEACHER) as said:
         assert all(said[name].dtype.kind in "fi" for name in said.files)  # probabilities and places, no text
 
@@ -54,6 +56,12 @@ def test_a_student_of_a_coder_is_a_coder(tmp_path, coder):
     run = distil.run(settings(coder, **{"corpus.options": {"institutions": 1, "patients": 40}}), tmp_path / "run")
     assert Coder.load(run.path).task.codes == Coder.load(coder).task.codes
     assert {"test.f1_kept", "test.micro_f1", "test.map", "test.times_faster"} <= run.metrics.keys()
+
+
+def test_a_teacher_of_another_split_may_have_seen_the_patients(tmp_path, tagger, capsys):
+    run = distil.run(settings(tagger, seed=1), tmp_path / "run")
+    assert "may have learned from patients held out" in capsys.readouterr().err
+    assert "neither has seen" not in (run.path / "report.html").read_text("utf-8")
 
 
 def test_more_notes_are_read_but_none_of_a_held_out_patient(tmp_path, tagger):
