@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+SHOWN = ("micro_f1", "map", "precision_at_5", "precision_at_8", "precision_at_15", "auc_micro")
+
 
 def main() -> None:
     """Make the runs that are missing and write the figures."""
@@ -55,7 +57,7 @@ def main() -> None:
         folder = options.work / name.replace(", ", "-").replace(":", "-")
         done = (folder / "manifest.json").is_file()
         run = Run.load(folder) if done else coding.run(config, folder, resume=(folder / "config.yaml").is_file())
-        figures = {key: entry for key, entry in run.metrics.items() if "micro_f1." not in key}
+        figures = {key: entry for key, entry in run.metrics.items() if key.rpartition(".")[2] in SHOWN}
         row: dict[str, Any] = {
             "case": name,
             "settings": CASES[name],
