@@ -3,7 +3,8 @@
     python benchmarks/faithfulness.py --output benchmarks/faithfulness.json
 
 Synthetic impressions, findings and whole notes, changed through the generator's own gold
-(`tests/tasks/planted_pairs.py`): one error each, or a rewording that keeps every fact. Phrases of the bank `held_out` are such that no rule was made for.
+(`tests/tasks/planted_pairs.py`): one error each, or a rewording that keeps every fact. Phrases of the bank `held_out`
+are such that no rule was made for.
 """
 
 from __future__ import annotations
