@@ -24,7 +24,7 @@ from clinical_nlp.language.terminology.code_status import (
     group_indices,
     load_code_book,
 )
-from clinical_nlp.models.loading import load_base
+from clinical_nlp.models.loading import can_be_prompted, load_base
 from clinical_nlp.models.resolve import provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
@@ -103,6 +103,8 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
         book = load_code_book(config.codes.system, path=config.codes.path, releases=config.codes.releases)
         data = read(config, book)
         codes = codes_to_learn(config, book, data)
+        check_development(data)
+        prompted = prompting(config, data, codes, tuple(book.label(code) for code in codes))  # before the other model
 
         base = load_base(
             config.base_model,
@@ -156,7 +158,6 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
             )
         validate = None
         if config.training.patience is not None:
-            check_development(data)
             validate = partial(development_score, scores, model, data)
         outcome = train(
             model,
@@ -175,7 +176,6 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
             validate=validate,
         )
 
-        check_development(data)
         gold = data.gold(data.held_out)
         columns = data.columns
         development = scores(model, part="development")
@@ -187,7 +187,7 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
         counts = np.array([taught[code] for code in columns])
         run.record(multilabel.score(found, gold, threshold, patients, train_counts=counts, part=part, seed=seed))
         run.record(calibration_error(calibration(found[:, : len(codes)]), gold[:, : len(codes)], patients, part))
-        measured = baselines(config, data, task, untrained)
+        measured = baselines(config, data, task, untrained) | prompted
         for absent in sorted({*config.baselines} - measured.keys()):
             why = "this base model cannot be prompted: it is an encoder, or no code has a name"
             none = Estimate(math.nan, math.nan, math.nan, len(set(patients)), len(patients), part, why)
@@ -485,7 +485,7 @@ Scored = tuple[np.ndarray, np.ndarray, list[int]]
 def baselines(
     config: CodingConfig, data: Coded, task: coding.CodingTask, untrained: tuple[np.ndarray, np.ndarray] | None
 ) -> dict[str, Scored]:
-    """Score the baselines that were asked for."""
+    """Score the baselines that need no prompting."""
     found: dict[str, Scored] = {}
     everyone = list(range(len(data.held_out)))
     if "tfidf" in config.baselines:
@@ -494,9 +494,6 @@ def baselines(
         found["tfidf"] = (held_out, development, everyone)
     if untrained is not None:
         found["zero_shot"] = (*untrained, everyone)
-    prompted = [name for name in ("zero_shot", "few_shot") if name in config.baselines]
-    if prompted and untrained is None:
-        found |= prompting(config, data, task, prompted)
     return found
 
 
@@ -532,7 +529,7 @@ _SHOTS = 3
 _SHOT_CHARACTERS = 600
 
 
-def prompting(config: CodingConfig, data: Coded, task: coding.CodingTask, names: Sequence[str]) -> dict[str, Scored]:
+def prompting(config: CodingConfig, data: Coded, codes: Sequence[str], labels: Sequence[str]) -> dict[str, Scored]:
     """Ask the base model, without training, how well each code's name continues a list of the note's diagnoses.
 
     The score is log p(name | note) - log p(name | no note), a token's mean. Only the codes whose names have most in
@@ -543,23 +540,22 @@ def prompting(config: CodingConfig, data: Coded, task: coding.CodingTask, names:
 
     from clinical_nlp.tasks.prompting import score_continuations
 
-    base = load_base(config.base_model, kind="language", quantization=config.strategy.quantization)
-    if not base.is_decoder:
+    names = [name for name in ("zero_shot", "few_shot") if name in config.baselines]
+    named = [index for index, label in enumerate(labels) if label]
+    if not names or not named or not can_be_prompted(config.base_model):
         return {}
+    base = load_base(config.base_model, kind="causal", quantization=config.strategy.quantization)
     say(f"baseline: prompting, {' and '.join(names)}")
     held_out = list(range(min(config.baseline_documents, len(data.held_out))))
     rows = [[data.held_out[place] for place in held_out], data.development[: config.baseline_documents]]
-    named = [index for index, label in enumerate(task.labels) if label]
-    if not named:
-        say("no code of the list has a name; there is nothing to prompt with")
-        return {}
     words = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5))
-    labels = words.fit_transform([task.labels[index] for index in named])
+    vectors = words.fit_transform([labels[index] for index in named])
+    called = dict(zip(codes, labels, strict=True))
     rng = np.random.default_rng(config.seed)
     shots = [data.train[index] for index in rng.permutation(len(data.train))[:_SHOTS]]
     example = "".join(
         PROMPT.format(note="\n".join(data.texts(row))[:_SHOT_CHARACTERS])
-        + "".join(f" {name}\n-" for code in data.codes[row] if (name := _label(task, code))).removesuffix("-")
+        + "".join(f" {name}\n-" for code in data.codes[row] if (name := called.get(code))).removesuffix("-")
         + "\n"
         for row in shots
     )
@@ -569,24 +565,20 @@ def prompting(config: CodingConfig, data: Coded, task: coding.CodingTask, names:
         parts = []
         for chosen in rows:
             texts = ["\n".join(data.texts(row)) for row in chosen]
-            near = words.transform(texts) @ labels.T
+            near = words.transform(texts) @ vectors.T
             asked = [
                 [named[index] for index in np.argsort(-row.toarray()[0], kind="stable")[:_CANDIDATES]] for row in near
             ]
-            answers = [[" " + task.labels[code] for code in codes] for codes in asked]
+            answers = [[f" {labels[index]}" for index in places] for places in asked]
             prompts = [before + PROMPT.format(note=text) for text in texts]
             with_note = score_continuations(base, prompts, answers)
             plain = dict(zip(_flat(answers), _without_note(base, before, _flat(answers)), strict=True))
             scores = np.full((len(chosen), len(data.columns)), -np.inf)
-            for row, (codes, texts_of, values) in enumerate(zip(asked, answers, with_note, strict=True)):
-                scores[row, codes] = values - np.array([plain[text] for text in texts_of])
+            for row, (places, texts_of, values) in enumerate(zip(asked, answers, with_note, strict=True)):
+                scores[row, places] = values - np.array([plain[text] for text in texts_of])
             parts.append(scores)
         found[name] = (parts[0], parts[1], held_out)
     return found
-
-
-def _label(task: coding.CodingTask, code: str) -> str:
-    return task.labels[task.codes.index(code)] if code in task.codes else ""
 
 
 def _flat(lists: Sequence[Sequence[str]]) -> list[str]:

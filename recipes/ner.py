@@ -17,7 +17,7 @@ from clinical_nlp.adaptation.forgetting import ForgettingConfig, check_forgettin
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import CorpusConfig, RecipeConfig, SplitConfig
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
-from clinical_nlp.models.loading import BaseModel, backbone_prefix, load_base, read_task
+from clinical_nlp.models.loading import BaseModel, backbone_prefix, can_be_prompted, load_base, read_task
 from clinical_nlp.models.resolve import ResolvedModel, provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
@@ -85,6 +85,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
         source = None if config.replay is None else read_source(config.replay, config, data, labels)
         if config.training.patience is not None:
             check_development(data, labels)
+        run.record(prompted(config, data, labels, data.split.test))  # first: later, two models would be in memory
 
         base = load_base(
             config.base_model,
@@ -139,7 +140,6 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
         run.record(ner.score(count(data, held_out), labels, patients, part=part, seed=config.seed))
         if source is not None:
             run.record({"test.source_f1_strict": f1(count, source, source.split.test, config.seed)})
-        run.record(prompted(config, data, labels, held_out))
         if config.score_train:
             run.record(
                 {"train.f1_strict": f1(count, data, sample_of_training(data, config.seed), config.seed, "train")}
@@ -395,12 +395,12 @@ def prompted(config: NerConfig, data: Labelled, labels: Sequence[str], held_out:
         return {}
     names = {"zero_shot": 0, "few_shot": _SHOTS}
     patients = [data.patients[row] for row in rows]
-    base = load_base(config.base_model, kind="language", quantization=config.strategy.quantization)
-    if not base.is_decoder:
+    if not can_be_prompted(config.base_model):
         none = Estimate(math.nan, math.nan, math.nan, len(set(patients)), len(rows), data.split.reported_part)
         none = replace(none, note="an encoder cannot be prompted")
         return {f"test.baseline_{name}.{score}": none for name in names for score in ("f1_strict", "f1_lenient")}
     say(f"baseline: {config.base_model} prompted, {len(rows)} notes")
+    base = load_base(config.base_model, kind="causal", quantization=config.strategy.quantization)
     order = np.random.default_rng(config.seed).permutation(data.split.train)
     shown = [row for row in order if data.gold[row]][:_SHOTS]
     found: dict[str, Estimate] = {}

@@ -86,8 +86,7 @@ def load_base(
     with _clear_errors(name):
         config = AutoConfig.from_pretrained(resolved.folder, **options)
     two_stacks = bool(getattr(config, "is_encoder_decoder", False))
-    is_decoder = type(config) in transformers.AutoModelForCausalLM._model_mapping and not two_stacks
-    is_decoder = is_decoder and config.model_type not in _ENCODERS
+    is_decoder = _is_decoder(config)
     if kind == "language":
         kind = "causal" if is_decoder else "masked"
     if kind == "causal" and not is_decoder:
@@ -129,6 +128,25 @@ def load_base(
         _give_memory_back()
     network = stack_adapters(network, resolved.adapters, prefix="" if kind == "backbone" else prefix)
     return BaseModel(network, load_tokenizer(resolved), resolved, quantization, is_decoder, head)
+
+
+def can_be_prompted(name: str) -> bool:
+    """Say whether a base model is a decoder, which continues a text, from its config alone."""
+    from transformers import AutoConfig
+
+    resolved = resolve_model(name)
+    with _clear_errors(name):
+        config = AutoConfig.from_pretrained(
+            resolved.folder, trust_remote_code=False, local_files_only=not resolved.is_hub
+        )
+    return _is_decoder(config)
+
+
+def _is_decoder(config: Any) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    causal = type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in _ENCODERS
+    return causal and not getattr(config, "is_encoder_decoder", False)
 
 
 _LARGE = 200_000_000
