@@ -23,7 +23,7 @@ from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks.generation import Draft, Verify
-from clinical_nlp.tasks.preferences import KINDS, plant_error
+from clinical_nlp.tasks.preferences import KINDS, ErrorKind, plant_error
 from clinical_nlp.tasks.report import (
     INSTRUCTIONS,
     Pair,
@@ -57,7 +57,9 @@ class PreferenceConfig(Config):
     """Prefer texts over the same texts with a clinical error (DPO)."""
 
     pairs: int = Field(default=1000, ge=0)
-    """References in which an error is planted (negation, side, number, finding added or dropped; alike often)."""
+    """References in which an error is planted; each kind alike often."""
+    errors: list[ErrorKind] = Field(default_factory=lambda: list(KINDS), min_length=1)
+    """Which errors: negation, side, number, finding_added, finding_dropped, finding_swapped; default all."""
     own: int = Field(default=0, ge=0)
     """Sources for which the model itself writes, those of the development part first, which it did not learn from, then
     those of the training part; what it writes with a clinical error is rejected too."""
@@ -304,9 +306,9 @@ def preferences(
     chosen: list[tuple[Pair, str, str]] = []  # rejected text and kind of error
     order = rng.permutation(len(training))
     vocabulary = stated_findings([training[int(place)].target for place in order[:500]])
-    for place, kind in enumerate(interleaved(rng, KINDS, preference.pairs)):
+    for place, kind in enumerate(interleaved(rng, preference.errors, preference.pairs)):
         pair = training[int(order[place % len(order)])]
-        if (found := planted(pair.target, kind, rng, vocabulary)) is not None:
+        if (found := planted(pair.target, kind, preference.errors, rng, vocabulary)) is not None:
             chosen.append((pair, *found))
     if preference.own:
         unseen = [data.pairs[row] for row in rng.permutation(data.split.development)]
@@ -330,15 +332,17 @@ def preferences(
     return Dataset.from_list(rows), {"preference_pairs": len(rows), **kinds}
 
 
-def planted(text: str, kind: str, rng: np.random.Generator, vocabulary: Sequence[str]) -> tuple[str, str] | None:
-    """Return the text with an error, and its kind: the one asked for, or another where the text has none to make."""
+def planted(
+    text: str, kind: ErrorKind, errors: Sequence[ErrorKind], rng: np.random.Generator, vocabulary: Sequence[str]
+) -> tuple[str, str] | None:
+    """Return the text with an error, and its kind: the one asked for, or another of `errors` where it has none."""
     drawn = [str(term) for term in rng.choice(vocabulary, size=min(20, len(vocabulary)))] if vocabulary else None
-    others = [KINDS[int(place)] for place in rng.permutation(len(KINDS))]
+    others = [errors[int(place)] for place in rng.permutation(len(errors))]
     for wanted in dict.fromkeys([kind, *others]):
-        if (found := plant_error(text, wanted, rng, vocabulary=drawn)) is not None:
-            return found.text, wanted
-    found = plant_error(text, "finding_added", rng)  # where the reports state nothing else: a common finding
-    return None if found is None else (found.text, "finding_added")
+        for terms in (drawn, None):  # None: where the reports state nothing else, common findings
+            if (found := plant_error(text, wanted, rng, vocabulary=terms)) is not None:
+                return found.text, wanted
+    return None
 
 
 def stated_findings(reports: Sequence[str]) -> list[str]:

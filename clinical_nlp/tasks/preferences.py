@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from clinical_nlp.errors import UsageError
 from clinical_nlp.language.facts import Fact, read_facts
 from clinical_nlp.language.sentences import find_sentences
+from clinical_nlp.tasks.faithfulness import compare_facts
 
-KINDS = ("negation", "side", "number", "finding_added", "finding_dropped")
+ErrorKind = Literal["negation", "side", "number", "finding_added", "finding_dropped", "finding_swapped"]
+KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 """What can be planted."""
 
 VOCABULARY = (
@@ -53,6 +56,8 @@ def plant_error(
     kind : one of `KINDS`. negation: a finding becomes denied, or a denied one present. side: left and right change
         places. number: a dose, a value or a duration becomes another. finding_added: a sentence with a finding that
         the text does not mention. finding_dropped: the only sentence or list entry that states a finding goes.
+        finding_swapped: a finding takes the name of another: one that the text states otherwise (as denied, as
+        present), else one of `vocabulary`.
     rng : draws the place and the change.
     vocabulary : findings to add from; common ones by default.
 
@@ -67,13 +72,13 @@ def plant_error(
     if kind not in KINDS:
         raise UsageError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     facts = read_facts(text)
-    if kind == "finding_added":
-        return _add(text, facts, rng, VOCABULARY if vocabulary is None else vocabulary)
-    plant = _PLANTS[kind]
+    if kind in ("finding_added", "finding_swapped"):
+        plant = _add if kind == "finding_added" else _swap
+        return plant(text, facts, rng, VOCABULARY if vocabulary is None else vocabulary)
     places = list(range(len(facts)))
     rng.shuffle(places)
     for place in places:
-        planted = plant(text, facts, facts[place], rng)
+        planted = _PLANTS[kind](text, facts, facts[place], rng)
         if planted is not None and planted.text != text:
             return planted
     return None
@@ -81,6 +86,10 @@ def plant_error(
 
 def _replaced(text: str, start: int, end: int, new: str, kind: str, fact: Fact | None) -> Planted:
     return Planted(text[:start] + new + text[end:], kind, start, start + len(new), fact)
+
+
+def _of_the_patient(fact: Fact) -> bool:
+    return (fact.modality, fact.experiencer) == ("actual", "patient") and not fact.resolved
 
 
 def _cased(new: str, old: str) -> str:
@@ -105,7 +114,7 @@ _SWAPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def _negate(text: str, facts: Sequence[Fact], fact: Fact, rng: np.random.Generator) -> Planted | None:
-    if fact.kind != "finding" or (fact.modality, fact.experiencer) != ("actual", "patient") or fact.resolved:
+    if fact.kind != "finding" or not _of_the_patient(fact):
         return None
     begin, _ = _sentence(text, fact)
     others = [f for f in facts if f.name == fact.name and f.presence != fact.presence]
@@ -206,6 +215,23 @@ def _add(text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary:
     ends = [end for start, end in find_sentences(text) if text[end - 1] in ".!?"] or [len(text.rstrip())]
     at = ends[int(rng.integers(len(ends)))]
     return _replaced(text, at, at, " " + sentence, "finding_added", None)
+
+
+def _swap(text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary: Sequence[str]) -> Planted | None:
+    findings = [fact for fact in facts if fact.kind == "finding" and _of_the_patient(fact)]
+    known = {fact.name for fact in facts}
+    free = [term for term in vocabulary if (names := {fact.name for fact in read_facts(term)}) and not names & known]
+    for place in rng.permutation(len(findings)):
+        fact = findings[int(place)]
+        others = [text[other.start : other.end] for other in findings if other.presence != fact.presence] or free
+        if not others or sum(other.name == fact.name for other in facts) > 1:
+            continue
+        old, new = text[fact.start : fact.end], others[int(rng.integers(len(others)))]
+        new = _cased(new if new[:2].isupper() else new[:1].lower() + new[1:], old)
+        planted = _replaced(text, fact.start, fact.end, new, "finding_swapped", fact)
+        if compare_facts(planted.text, text).errors:  # chest pain is pain, and no error where that was stated
+            return planted
+    return None
 
 
 def _drop(text: str, facts: Sequence[Fact], fact: Fact, rng: np.random.Generator) -> Planted | None:

@@ -19,6 +19,7 @@ from clinical_nlp.models.loading import BaseModel, backbone_prefix, load_base, r
 from clinical_nlp.notes.corpus import Corpus
 from clinical_nlp.runs import Run, write_json
 from clinical_nlp.tasks.generation import DRAFT, Draft, Verify, drafts, generate
+from clinical_nlp.tasks.preferences import ErrorKind
 
 INSTRUCTIONS = {
     "findings_impression": "Write the impression of this radiology report from its findings.",
@@ -659,7 +660,7 @@ def collate_preferences(rows: Sequence[dict[str, Any]], pad_token_id: int) -> di
     return batch
 
 
-def interleaved(rng: np.random.Generator, kinds: Sequence[str], count: int) -> list[str]:
+def interleaved(rng: np.random.Generator, kinds: Sequence[ErrorKind], count: int) -> list[ErrorKind]:
     """Return `count` kinds, each as often as the others, in random order within every round."""
     rounds = (rng.permutation(len(kinds)) for _ in range(-(-count // len(kinds))))
     return [kinds[int(place)] for place in itertools.islice(itertools.chain.from_iterable(rounds), count)]
