@@ -36,14 +36,37 @@ _DEFAULTS = {
 }
 """What a mention means in a section when no cue says otherwise; a reaction under allergies happens on exposure."""
 
+_PLANS = re.compile(r"plan|recommend|orders?\b|to do\b|follow", re.IGNORECASE)
+_PROCEDURE = re.compile(
+    r"(?:scopy|ectomy|otomy|ostomy|plasty|graphy|gram|centesis|biopsy|surgery|repair|replacement|transplant(?:ation)?"
+    r"|resection|excision|ablation|bypass|stent(?:ing)?|therapy|dialysis|transfusion|injection|study|scan|ultrasound"
+    r"|x-?ray|echo|\b(?:CT|MRI|PET|EEG|EMG|EKG|ECG|CABG|PCI|EGD|ERCP|CXR|CBC|BMP|CMP|labs?|panel|culture|referral"
+    r"|consult(?:ation)?|evaluation|follow-?up|test(?:ing)?))s?\Z",
+    re.IGNORECASE,
+)
+"""What is done and not had: under a plan it is to come."""
+
 _ANSWER = re.compile(
     r"[ \t]*[:=\-–—|?\t]+[ \t]*(?:(?P<absent>no(?:ne)?|neg(?:ative)?|denie[sd]|absent|nil|not present|n|0|never|nope)"
     r"|(?P<present>yes|pos(?:itive)?|present|y|\+|x)|(?P<uncertain>possible|possibly|unsure|unknown|unclear|maybe|\?))"
-    r"[ \t]*(?=[)\].,;|\n\t]|$)"
-    r"|[ \t]*\((?:(?P<minus>-|–|neg|negative|absent|no|none|denied|denies)|(?P<plus>\+|pos|positive|present|yes)"
-    r"|(?P<query>\?|possible|probable|suspected))\)",
+    r"(?=[ \t]*(?:[)\].,;|\n\t]|$)"
+    r"| (?:today|now|currently|at (?:this|present|the)|recently|reported|noted|known|seen)\b)"
+    r"|[ \t]*\((?:(?P<minus>-|–|−|neg|negative|absent|no|none|denied|denies)|(?P<plus>\+|pos|positive|present|yes)"
+    r"|(?P<query>\?|possible|probable|suspected))\)"
+    r"|[ \t]*(?:(?P<sign_minus>[-–−])|(?P<sign_plus>\+{1,3}))(?=[ \t]*(?:[,;]|[.]?[ \t]*(?:\n|$)))",
     re.IGNORECASE,
 )
+_SIGNED = re.compile(r"[+\-–−][ \t]*[,;]")
+_SIGNS = {"minus": "absent", "plus": "present", "query": "uncertain", "sign_minus": "absent", "sign_plus": "present"}
+_REPLY = re.compile(
+    r"[\s\"”]*(?:\[?[A-Za-z_][A-Za-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:um|uh|well|oh|hmm|mmm|so|and)[,. ]+)*"
+    r"(?:(?P<absent>no(?!te)|nope|nah|never|negative|not (?:really|at all|that|so far|lately|right now)|none"
+    r"|(?:he|she) denies|denies|i (?:don['’]t|haven['’]t|do not|have not))"
+    r"|(?P<present>yes|yeah|yep|yup|mm-?hmm|uh-?huh|i (?:do|have|am)|sometimes|a (?:little|bit)|definitely|occasionally"
+    r"|he (?:does|has)|she (?:does|has)))\b",
+    re.IGNORECASE,
+)
+"""The answer to a question, with or without the name of the speaker before it."""
 _BOX = re.compile(
     r"(?:(?P<minus>\((?:-|–)\)|\[(?:-| |)\]|(?<!\w)-ve|⊖)|(?P<plus>\(\+\)|\[[xX+✓]\]|(?<!\w)\+ve|(?<![\w+])\+)"
     r"|(?P<query>\(\?\)|\[\?\]))[ \t]*$"
@@ -53,12 +76,16 @@ _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)
 
 _CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
 _NEAR = 60
+_DENIES = re.compile(r"den(?:y|ie[sd]|ying)\b|neg(?:ative)?\b", re.IGNORECASE)
 _NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cue phrase
 _STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGNORECASE)
 _OR = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 _CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
 _OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
+_SENTENCE_STARTS = frozenset((".", ";", ":", "]", "-", "(", "•", "*"))
+_ANCHOR = "^"  # a phrase that counts only where a sentence or an item begins
+_LIST_HEAD = re.compile(r":[,\s]*(?:\(?1[.)]|[-*•])[ \t]*\w")
 
 
 class _Rule(NamedTuple):
@@ -81,7 +108,11 @@ class _Cue(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _trie() -> dict[str, Any]:
-    """Cue phrases by word. A phrase may hold classes (`@relative`), whose members are rows of kind `class`."""
+    """Cue phrases by word.
+
+    A phrase may hold classes (`@relative`, and `@adverb?` where the class may be missing), whose members are rows of
+    kind `class`, and may begin with `^`.
+    """
     with (Path(__file__).parent / "cues.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     members: dict[str, list[str]] = {}
@@ -93,11 +124,14 @@ def _trie() -> dict[str, Any]:
         if row["kind"] == "class":
             continue
         rule = _Rule(row["kind"], row["axis"], row["value"], row["direction"], int(row["scope"]))
-        parts = [members.get(part, [part]) for part in row["phrase"].lower().split()]
+        parts = [
+            [*members[part[:-1]], ""] if part[:1] == "@" and part[-1] == "?" else members.get(part, [part])
+            for part in row["phrase"].lower().split()
+        ]
         for choice in product(*parts):
             node = root
             for part in choice:
-                for word in (part,) if part in (_NUMBER, _YEAR) else _TOKEN.findall(part):
+                for word in (part,) if part in (_NUMBER, _YEAR, _ANCHOR) else _TOKEN.findall(part):
                     node = node.setdefault(word, {})
             by_axis = node.setdefault("", {})
             rules = by_axis.setdefault("end " + rule.axis if rule.kind == "end" else rule.axis, [])
@@ -160,12 +194,22 @@ def assert_spans(
             # Only cues near the span can reach it; a note without punctuation is one long sentence.
             near = bisect_right(cue_starts, span[0])
             chosen = _decide(text, begin, stop, span, cues[max(0, near - _NEAR) : near + _NEAR])
-            if len(chosen) < len(_AXES) and _BULLET.match(text, begin):
+            if len(chosen) < len(_AXES) and _BULLET.match(text, sentences[sentence_at][0] if sentences else 0):
                 if carried is None:
                     carried = _lead(text, sentences, sentence_at, section)
                 for cue in carried:
                     if cue.rule.axis not in chosen:
                         chosen[cue.rule.axis] = (cue.rule.value, cue.start, cue.end)
+            if text[stop - 1] == "?" and (chosen.get("presence") is None or chosen["presence"][1:] == (stop - 1, stop)):
+                reply = _REPLY.match(text, stop)
+                if reply is not None and reply.lastgroup:
+                    chosen["presence"] = (reply.lastgroup, reply.start(reply.lastgroup), reply.end(reply.lastgroup))
+            if section.category == "allergies" and text[span[0] : span[0] + 6].lower() == "allerg":
+                chosen.setdefault("modality", ("actual", *span))  # the allergy is there, its reactions may come
+            header = (section.header_start, section.header_end)
+            planned = section.category == "assessment_plan" and _PLANS.search(text, *header)
+            if planned and "temporality" not in chosen and _PROCEDURE.search(text, *span):
+                chosen["temporality"] = ("future", *header)
             results[number] = _assertion(chosen, section)
     return [result for result in results if result is not None]
 
@@ -173,7 +217,7 @@ def assert_spans(
 def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section) -> Assertion:
     default = _DEFAULTS.get(section.category)
     denied = "presence" in chosen and chosen["presence"][0] == "absent"
-    if default is not None and default[0] not in chosen and not (denied and default[0] == "temporality"):
+    if default is not None and default[0] not in chosen and not (denied and default[0] != "experiencer"):
         chosen[default[0]] = (default[1], section.header_start, section.header_end)
     values = {axis: chosen[axis][0] for axis in chosen}
     cues = tuple(sorted((c for a, c in chosen.items() if c[0] != _PLAIN[a]), key=lambda c: (c[1], c[0])))
@@ -193,6 +237,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
         starts.append(token.start())
         ends.append(token.end())
     root = _trie()
+    anchored = root.get(_ANCHOR, {})
     ordered = sorted(spans)
     span_starts = [span[0] for span in ordered]
     furthest = list(accumulate((span[1] for span in ordered), max))
@@ -202,18 +247,24 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     hidden: dict[str, int] = {}
     for at in range(count):
         node = root.get(words[at])
-        if node is None:
+        opening = anchored.get(words[at]) if at == 0 or words[at - 1] in _SENTENCE_STARTS else None
+        if node is None and opening is None:
             continue
         # The longest phrase from here for each axis; one that lies inside an earlier phrase of its axis is dropped.
         longest: dict[str, tuple[int, list[_Rule]]] = {}
-        look = at + 1
-        while node is not None:
-            for key, rules in node.get("", {}).items():
-                longest[key] = (look, rules)
-            node = node.get(words[look]) if look < count else None
-            look += 1
+        for branch in (node, opening):
+            look = at + 1
+            while branch is not None:
+                for key, rules in branch.get("", {}).items():
+                    if key not in longest or look >= longest[key][0]:
+                        longest[key] = (look, rules)
+                branch = branch.get(words[look]) if look < count else None
+                look += 1
+        taken = max(reached.values(), default=0)
         for key, (last, rules) in longest.items():
-            if last <= reached.get(key, 0) or (rules[0].kind == "end" and at < max(reached.values(), default=0)):
+            if last <= reached.get(key, 0):
+                continue
+            if rules[0].kind == "end" and (at < taken or last < longest.get(key[4:], (0,))[0]):
                 continue
             if rules[0].kind == "pseudo":
                 # Nothing may start inside a pseudo cue, so what begins here and ends later is hidden too.
@@ -229,14 +280,16 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                 if not opens:
                     continue
             following = words[last] if last < count else "."
-            closes = following in _CLAUSE_ENDS and at > 0 and words[at - 1] not in _CLAUSE_STARTS
+            closes = at > 0 and words[at - 1] not in _CLAUSE_STARTS
+            closes = closes and (following in _CLAUSE_ENDS or key == "temporality")
             twofold = len({rule.direction for rule in rules if rule.kind == "cue"}) > 1
             for rule in rules:
                 if rule.kind == "pseudo":
                     continue
                 if rule.direction == "both":
                     found += [_Cue(rule._replace(direction=d), at, last, start, end) for d in ("backward", "forward")]
-                # A word that works both ways (`denied`, `likely`) looks back only where its clause ends.
+                # A word that works both ways (`denied`, `likely`) looks back only where its clause ends, a time
+                # (`ten years ago`) wherever it does not open one.
                 elif not twofold or (rule.direction == "backward") == closes:
                     found.append(_Cue(rule, at, last, start, end))
     return found
@@ -254,30 +307,45 @@ def _decide(
     for found in (box, answer):
         if found is not None and found.lastgroup and "presence" not in chosen:
             group = found.lastgroup
-            value = {"minus": "absent", "plus": "present", "query": "uncertain"}.get(group, group)
+            # A minus that ends a line is a dash, unless other signs stand before it.
+            bare = group == "sign_minus" and text[found.end() : stop].lstrip(" \t")[:1] not in (",", ";")
+            if bare and not _SIGNED.search(text, begin, start):
+                continue
+            value = _SIGNS.get(group, group)
             chosen["presence"] = (value, found.start(group), found.end(group))
             skip = found.start(group)
     before: dict[str, _Cue] = {}
     after: dict[str, _Cue] = {}
     closed: set[str] = set()
+    listed = False
     # Forward cues: walk left from the span; the nearest in force wins, an end closes its axis.
     for cue in reversed(cues):
         rule = cue.rule
         if cue.start == skip:
             continue
-        if cue.end > start and not (cue.start <= start and cue.end < end and rule.direction == "forward"):
+        if cue.end > start and (
+            cue.end >= end or cue.start > start or (rule.kind == "cue" and rule.direction == "backward")
+        ):
             continue
         if rule.kind == "end":
-            # `no rash, the shakes or fever`: an article or adjective ends a list only where no `or` is to come.
-            if rule.value == "list" and _OR.search(text, cue.end, min(stop, start + 200)):
+            # `no rash, the shakes or fever`: an article or adjective ends a list only where no `or` is to come, and not
+            # the list of a verb (`denies fever, severe headache`).
+            if rule.value == "list":
+                listed = listed or not _OR.search(text, cue.end, min(stop, start + 200))
                 continue
             closed.update((rule.axis,) if rule.axis else _AXES if cue.end - cue.start > 1 else ("presence", "modality"))
-        elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in before:
-            if rule.direction == "forward":
-                if _reaches(text, cue.end, start, rule.scope, rule.axis):
+        elif rule.kind == "cue" and rule.axis not in closed:
+            if rule.axis in before:
+                # `nobody in the family has`, `nor did he have`: the subject denies what its verb would affirm.
+                verb = before[rule.axis]
+                if rule.direction == "over" and verb.rule.value == "present" and "," not in text[cue.end : verb.start]:
                     before[rule.axis] = cue
-            else:
+            elif rule.direction == "backward" or (
+                listed and rule.axis == "presence" and not _DENIES.match(text, cue.start)
+            ):
                 closed.add(rule.axis)
+            elif _reaches(text, cue.end, start, rule.scope, rule.axis):
+                before[rule.axis] = cue
     closed = set()
     for cue in cues:
         rule = cue.rule
@@ -301,6 +369,12 @@ def _decide(
             winner = _stronger(text, forward, backward, start, end)
         if winner is not None:
             chosen[axis] = (winner.rule.value, winner.start, winner.end)
+    times = chosen.get("temporality")
+    if times is not None and any(
+        axis != "temporality" and start <= times[1] and times[2] <= end and (start, end) != times[1:]
+        for axis, (_, start, end) in chosen.items()
+    ):
+        del chosen["temporality"]  # `history of` inside `family history of` or `no history of`
     return chosen
 
 
@@ -335,8 +409,10 @@ def _lead(text: str, sentences: Sequence[tuple[int, int]], at: int, section: Sec
         gap = text[end : sentences[index + 1][0]]
         if start < section.start or gap.count("\n") > 2:
             return []
-        if text[end - 1] == ":":
-            cues = _cues(text, start, end, [])
+        # A transcription that lost its line breaks has the first item in the same sentence: `include:,1. Bleeding.`
+        inline = _LIST_HEAD.search(text, start, end)
+        if text[start:end].rstrip(" ,")[-1:] == ":" or inline is not None:
+            cues = _cues(text, start, inline.start() + 1 if inline is not None else end, [])
             kept: dict[str, _Cue] = {}
             for cue in cues:
                 if cue.rule.kind == "end":

@@ -42,7 +42,7 @@ _LINE = re.compile(
     re.MULTILINE,
 )
 _INLINE = re.compile(r"(?<=[.,;:)\]?!\"'] )(?P<name>[A-Z][A-Z0-9&/'() \-]{2,60}?)[ \t]*:|"
-                     r"(?<=[.,;]),?(?P<tight>[A-Z][A-Z&/'() \-]{3,60}?)[ \t]*:")  # fmt: skip
+                     r"(?<=[.,;]),?(?P<tight>[A-Z][A-Z&/'() \-]{1,60}?)[ \t]*:")  # fmt: skip
 _SPACES = re.compile(r"[^a-z0-9&/]+")
 
 

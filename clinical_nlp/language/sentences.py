@@ -19,6 +19,7 @@ _TITLES = _words("title")  # never end one
 _JOINERS = _words("joiner")  # no line of a list ends with one
 _STOP = re.compile(r"(?<=\S)[.!?]+[\"'”’)\]]*(?=,?\s|,[A-Z0-9]|$)|;(?=\s)|(?<=[a-z]{3})\.(?=[A-Z][a-z]+\s)")
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
+_ITEM = re.compile(r"(?:(?<=[\s:;,.])|^)\(?(\d{1,2})[.)](?=\s+\S)")
 _HEADER = re.compile(r"[ \t]*[A-Z][A-Za-z0-9/&() \-]{0,45}:")
 
 
@@ -31,7 +32,8 @@ def find_sentences(text: str) -> list[tuple[int, int]]:
     """
     spans: list[tuple[int, int]] = []
     for start, end in _units(text):
-        _split_unit(text, start, end, spans)
+        for item in _items(text, start, end):
+            _split_unit(text, *item, spans)
     return spans
 
 
@@ -88,6 +90,26 @@ def _wrapped(text: str, line: tuple[int, int], following: tuple[int, int], size:
     if first[0].islower() or first[0] in ",;)":
         return full or size >= 25
     return full
+
+
+def _items(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Divide a unit before the items of a list on one line: `Diagnoses: 1. Asthma. 2. Gout`."""
+    places: list[int] = []
+    run: list[int] = []
+    for found in _ITEM.finditer(text, start, end):
+        number = int(found[1])
+        if number == len(run) + 1:
+            run.append(found.start())
+        elif number == 1:
+            run = [found.start()]
+        else:
+            continue
+        if number == 2:
+            places += run
+        elif number > 2 or text[start : found.start()].rstrip(" \t,")[-1:] == ":":
+            places.append(found.start())
+    cuts = sorted({start, *places})
+    return list(zip(cuts, [*cuts[1:], end], strict=True))
 
 
 def _split_unit(text: str, start: int, end: int, spans: list[tuple[int, int]]) -> None:

@@ -51,7 +51,7 @@ def test_cues_file():
             assert row["kind"] in ("cue", "pseudo", "end", "class"), row
             if row["kind"] == "cue":
                 assert row["value"] in values[row["axis"]], row
-                assert row["direction"] in ("forward", "backward", "both"), row
+                assert row["direction"] in ("forward", "over", "backward", "both"), row
                 assert int(row["scope"]) > 0, row
             elif row["kind"] == "pseudo":
                 assert row["axis"] in values, row
