@@ -73,6 +73,8 @@ class Content:
     conditions: dict[str, Condition]
     dosing: dict[str, Dosing]
     idioms: dict[str, tuple[Template, ...]]
+    course: dict[str, str]
+    """ICD-10-CM code of each condition -> acute or chronic."""
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:
@@ -135,7 +137,11 @@ def load_content(bank: str) -> Content:
             tuple(row["differentials"].split()),
         )  # fmt: skip
     idioms = {name: tuple(_template(line) for line in found) for name, found in lines.items()}
-    return Content(entities, conditions, dosing, idioms)
+    course = {
+        str(entities[key].icd10cm_code): "chronic" if condition.chronic else "acute"
+        for key, condition in conditions.items()
+    }
+    return Content(entities, conditions, dosing, idioms, course)
 
 
 _SPELLED = {"vitamin_d": "vitamin D", "ivig": "IVIG"}

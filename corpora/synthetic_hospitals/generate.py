@@ -43,8 +43,9 @@ class GoldNote:
     """A note with its gold.
 
     `spans`, `facts` and `pairs` are rows in the column order of `SPAN_SCHEMA`, `FACT_SCHEMA` and `PAIR_SCHEMA`;
-    `codes`, rows of `CODE_SCHEMA`, belong to the note's encounter and come with the encounter's first note only; a
-    condition is coded where a note of the encounter says that the patient has it, as coders may code nothing else.
+    `codes`, rows of `CODE_SCHEMA`, belong to the note's encounter and come with the encounter's first note only. Codes
+    follow from what the notes of the encounter say, as coders may code nothing else: a condition is coded where one
+    says that the patient has it now, a chronic one also where it is said to be of the past; findings are not coded.
     `style` and `marker` are how the note was written, `has_target` whether the patient has the target condition, said
     or not: the truth behind `covariate`, `spurious` and `label`.
     """
@@ -179,35 +180,25 @@ def _patient_notes(content: Content, institution: Institution, latent: Latent, n
             _gold(content, institution, latent, person, draft, f"{latent.patient_id}-n{place + 1}", encounter, kind,
                   when, style, mark, has_target, concept, key)
         )  # fmt: skip
-    stated: dict[str, set[str | None]] = {}
+    stated: dict[str, set[str]] = {}
     for item in found:
-        stated.setdefault(str(item.note.encounter_id), set()).update(_stated(item.facts))
+        stated.setdefault(str(item.note.encounter_id), set()).update(_stated(content, item.facts))
     for item in found:
         encounter = str(item.note.encounter_id)
-        codes = _codes(content, institution, latent, encounter, stated.pop(encounter, set()))
-        yield replace(item, codes=codes)
+        codes = sorted(stated.pop(encounter, ()))
+        rows = tuple((institution.name, latent.patient_id, encounter, None, code, "ICD-10-CM") for code in codes)
+        yield replace(item, codes=rows)
 
 
 _CODE, _AXES = FACT_SCHEMA.names.index("icd10cm_code"), FACT_SCHEMA.names.index("presence")
+_NOW, _BEFORE = (("present", time, "actual", "patient") for time in ("current", "historical"))
 
 
-def _stated(facts: tuple[Row, ...]) -> set[str | None]:
-    """Return the codes of what a note says that the patient has, now or before."""
-    said = {("present", time, "actual", "patient") for time in ("current", "historical")}
-    return {row[_CODE] for row in facts if row[_AXES : _AXES + 4] in said}
-
-
-def _codes(
-    content: Content, institution: Institution, latent: Latent, encounter: str, stated: set[str | None]
-) -> tuple[Row, ...]:
-    """Code the conditions that are stated: every one in a stay, the chronic ones (if any) in a clinic visit."""
-    keys = latent.conditions
-    if encounter.endswith("clinic"):
-        keys = [key for key in keys if content.conditions[key].chronic] or keys
-    codes = dict.fromkeys(content.entities[key].icd10cm_code for key in keys)
-    return tuple(
-        (institution.name, latent.patient_id, encounter, None, code, "ICD-10-CM") for code in codes if code in stated
-    )
+def _stated(content: Content, facts: tuple[Row, ...]) -> set[str]:
+    """Return the codes of conditions that a note says the patient has; of the past, only those that stay."""
+    course = content.course
+    said = ((row[_CODE], row[_AXES : _AXES + 4]) for row in facts if row[_CODE] in course)
+    return {code for code, axes in said if axes == _NOW or (axes == _BEFORE and course[code] == "chronic")}
 
 
 def _gold(content: Content, institution: Institution, latent: Latent, person: Patient, draft: Draft, note_id: str,
