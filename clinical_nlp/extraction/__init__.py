@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,32 @@ from clinical_nlp.errors import ClinicalNlpError, InputError, MissingDataError, 
 
 STAGE = ".work"
 """Folder inside the output for what is gone when the batch ends."""
+CATALOG = "catalog"
+"""The format of a source that is a table of the Spark session."""
 
 if TYPE_CHECKING:
     from clinical_nlp.extraction.plan import ExtractionConfig, Shard
-    from clinical_nlp.runs import Run
+    from clinical_nlp.extraction.update import Previous
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update changed: notes by what happened to them, and the patients whose results were made anew.
+
+    A patient is named by id, as `institution/id` where ids are an institution's own; one whose last note is gone is
+    among them.
+    """
+
+    added: int
+    amended: int
+    deleted: int
+    patients_touched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"update: {self.added} notes added, {self.amended} amended, {self.deleted} deleted; "
+            f"{len(self.patients_touched)} patients touched (listed in manifest.json)"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,7 @@ class Extraction:
     phenopackets: int = 0
     shards: int = 0
     shards_reused: int = 0
+    update: Update | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -47,6 +72,7 @@ class Extraction:
             *(f"  rejected {count}: {reason}" for reason, count in self.rejected_by_reason.items()),
             f"{self.mentions} mentions; {self.patients} patients with {self.patient_concepts} concepts; "
             f"{self.phenopackets} phenopackets",
+            *([] if self.update is None else [str(self.update)]),
             f"result: {self.output}",
         ]
         return "\n".join(lines)
@@ -62,22 +88,29 @@ def extract(
     engine: str = "local",
     workers: int = 1,
     resume: bool = False,
+    update: bool = False,
+    retry_rejected: bool = False,
     **options: Any,
 ) -> Extraction:
     """Extract phenotypes from an export.
 
     Parameters
     ----------
-    source : file or folder of the export.
-    format : fhir, omop, mimic, table, brat, iob or text.
+    source : file or folder of the export; for the format catalog, the name of a table of the Spark session.
+    format : fhir, omop, mimic, table, brat, iob, text or catalog.
     output : directory of the result; a new one, or with `resume` one that was interrupted.
     model : directory of an ner run, whose entities are added to the dictionary's.
     terminology : hpo, icd10cm or a file.
-    engine : local.
+    engine : local or spark (the session that is active, else a local one; it is left open in the first case). The
+        outputs are byte for byte the same.
     workers : processes; the outputs are byte for byte the same for any number. With 2 or more, a note that kills its
-        process is rejected and the rest go on.
+        process is rejected and the rest go on; with 1 it ends the batch, and is rejected by `resume`.
     resume : go on where an earlier call was interrupted. Shards that are done and verify are not done again; the
         outputs are byte for byte those of an uninterrupted call (`manifest.json`, which holds times, apart).
+    update : bring a finished output to the state of the export (the same or another source). Notes that are the same
+        are not annotated again, files of patients that none of the changes touch stay; the outputs are byte for byte
+        those of a fresh call. The new output is built beside the old one, which stays whole until then.
+    retry_rejected : annotate the notes again that were rejected in extraction, each apart from this process.
     options : any other field of `ExtractionConfig` (languages, institution_from, columns, propagate, ...).
 
     Returns
@@ -111,13 +144,43 @@ def extract(
             "workers": workers,
         },
     )
-    return extract_with(config, Path(output), resume=resume)
+    return extract_with(config, Path(output), resume=resume, update=update, retry_rejected=retry_rejected)
 
 
-def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False) -> Extraction:
+def extract_with(
+    config: ExtractionConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    update: bool = False,
+    retry_rejected: bool = False,
+) -> Extraction:
     """Do what `extract` does, from a config."""
+    from clinical_nlp.extraction.update import finish_swap, renew
+
+    if (resume or update or retry_rejected) and output.is_dir():
+        finish_swap(output)
+    if (update or retry_rejected) and (output / "manifest.json").is_file():
+        return renew(config, output, partial(_batch, apart=retry_rejected), same_export=not update)
+    if update and not (output / "plan.json").is_file():
+        raise UsageError(f"--update needs a finished output; there is none in {output}: leave --update out")
+    return _batch(config, output, resume=resume or update or retry_rejected, apart=retry_rejected)
+
+
+def _batch(
+    config: ExtractionConfig,
+    output: Path,
+    *,
+    resume: bool,
+    apart: bool = False,
+    previous: Previous | None = None,
+) -> Extraction:
+    """Do a batch from its beginning, or from where it was interrupted.
+
+    `apart` keeps the annotation out of this process, and does shards with notes that it rejected again; `previous` is
+    an output whose results are taken over where the notes are the same.
+    """
     from clinical_nlp.config import to_yaml
-    from clinical_nlp.extraction.engines.local import process
     from clinical_nlp.extraction.outputs import outputs_written, write_outputs
     from clinical_nlp.extraction.plan import cut, make_plan, settle_plan
     from clinical_nlp.extraction.shards import finished
@@ -126,27 +189,46 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
     from clinical_nlp.progress import progress, say
     from clinical_nlp.runs import Run
 
-    source = Path(config.source)
-    if not source.exists():
-        raise MissingDataError(f"{source} does not exist")
+    whole = _is_whole(output, to_yaml(config)) if resume else False
+    catalog = config.format == CATALOG
+    if catalog and config.engine != "spark":
+        raise UsageError("format 'catalog' names a table of a Spark session; add --engine spark")
+    source, layout = Path(config.source), "table" if catalog else config.format
+    if not catalog:
+        if not source.exists():
+            raise MissingDataError(f"{source} does not exist")
+        input_files(source, layout)
+        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+            raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
     terminology = load_terminology(config.terminology)
-    inputs = input_files(source, config.format)
-    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
-    plan = make_plan(config, terminology=terminology, inputs=inputs)
-    begun, whole = output / "config.yaml", output / "manifest.json"
-    if resume and whole.is_file() and begun.is_file() and begun.read_text("utf-8") == to_yaml(config):
-        settle_plan(output, plan)
+    if whole:
+        if not catalog:
+            inputs = input_files(source, layout)
+            settle_plan(output, make_plan(config, terminology=terminology, source=source, inputs=inputs))
         say(f"{output} is already finished")
-        return _finished(Run.load(output))
+        return summary_of(output)
     if config.vocabulary is not None:
         from clinical_nlp.notes.writers.note_nlp import read_vocabulary
 
         read_vocabulary(Path(config.vocabulary))
+    plan = None
+    if not catalog:
+        inputs = input_files(source, layout)
+        plan = make_plan(config, terminology=terminology, source=source, inputs=inputs)
     fresh = not (output / "plan.json").exists()
-    with Run.open(output, config, recipe="extract", resume=resume) as run:
+    with (
+        Run.open(output, config, recipe="extract", resume=resume) as run,
+        _engine(config, output / ".cache" / "spark") as session,
+    ):
+        if catalog:
+            source = _fetch(config, session, output / ".cache")
+            inputs = input_files(source, layout)
+            plan = make_plan(config, terminology=terminology, source=source, inputs=inputs)
+        assert plan is not None
         settle_plan(output, plan)
         _clear_leftovers(output)
+        if apart:  # what comes out may differ from what the outputs were made of
+            (output / "ledger" / "outputs.json").unlink(missing_ok=True)
         options = config.read_options(output / STAGE / "scratch")
         staged = outputs_written(output) is None
         done: dict[int, dict[str, Any]] = {}
@@ -154,22 +236,17 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
         with progress("extract", unit="notes") as bar:
 
             def remaining() -> Iterator[Shard]:
-                stream = read_notes(source, format=config.format, options=options)
+                stream = read_notes(source, format=layout, options=options)
                 for shard in cut(stream, shard_notes=config.shard_notes, shard_characters=config.shard_characters):
-                    if (record := finished(output, shard, staged=staged)) is None:
-                        yield shard
+                    record = finished(output, shard, staged=staged)
+                    if record is None or (apart and record["rejected_in_extraction"]):
+                        yield shard if previous is None else previous.with_known(shard)
                     else:
                         done[shard.index] = record
                         bar.advance(record["records"])
 
             try:
-                for record in process(
-                    remaining(),
-                    output,
-                    terminology=config.terminology,
-                    model=config.model,
-                    workers=config.workers,
-                ):
+                for record in _process(config, remaining(), output, session, apart):
                     done[record["shard"]] = record
                     n_new += 1
                     bar.advance(record["records"], mentions=record["mentions"])
@@ -187,10 +264,10 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
             config,
             terminology,
             records,
-            lambda: read_patients(source, format=config.format, options=options),
+            lambda: read_patients(source, format=layout, options=options),
+            previous=None if previous is None else previous.output,
         )
         result = _summary(output, records, counts, len(done) - n_new)
-        shutil.rmtree(output / STAGE, ignore_errors=True)
         run.note(
             inputs=plan["export"],
             terminology=plan["terminology"],
@@ -199,8 +276,61 @@ def extract_with(config: ExtractionConfig, output: Path, *, resume: bool = False
             extraction={name: getattr(result, name) for name in _COUNTS},
             skipped_by_rule=result.skipped_by_rule,
             rejected_by_reason=result.rejected_by_reason,
+            engine=config.engine,
+            workers=config.workers,
         )
+        if previous is not None:
+            result = replace(result, update=previous.compare(output))
+            run.note(update=asdict(result.update))
+        shutil.rmtree(output / STAGE, ignore_errors=True)
     return result
+
+
+def _is_whole(output: Path, config: str) -> bool:
+    begun = output / "config.yaml"
+    return (output / "manifest.json").is_file() and begun.is_file() and begun.read_text("utf-8") == config
+
+
+@contextmanager
+def _engine(config: ExtractionConfig, folder: Path) -> Iterator[Any]:
+    """Give the Spark session that does the work, or None."""
+    if config.engine == "local":
+        yield None
+        return
+    from clinical_nlp.extraction.engines.spark import spark_session
+
+    with spark_session(folder, config.workers) as session:
+        yield session
+
+
+def _process(
+    config: ExtractionConfig, shards: Iterator[Shard], output: Path, session: Any, apart: bool
+) -> Iterator[dict[str, Any]]:
+    common: dict[str, Any] = {
+        "terminology": config.terminology,
+        "model": config.model,
+        "workers": config.workers,
+    }
+    if session is None:
+        from clinical_nlp.extraction.engines import local
+
+        return local.process(shards, output, apart=apart, **common)
+    from clinical_nlp.extraction.engines import spark
+
+    return spark.process(shards, output, session=session, **common)
+
+
+def _fetch(config: ExtractionConfig, session: Any, folder: Path) -> Path:
+    """Bring a table of the session's catalog here, as a file that the table reader reads."""
+    from clinical_nlp.extraction.engines.spark import fetch_table
+    from clinical_nlp.notes.readers.table import OPTIONAL, REQUIRED
+
+    columns = [config.columns.get(name, name) for name in (*REQUIRED, *OPTIONAL)]
+    path = folder / "notes.jsonl"
+    fetch_table(session, config.source, [*columns, config.institution_from or "institution"], path)
+    if not path.stat().st_size:
+        raise InputError(f"table {config.source} has no rows, or none of the columns of a table of notes")
+    return path
 
 
 _COUNTS = (
@@ -216,15 +346,20 @@ _COUNTS = (
 )
 
 
-def _finished(run: Run) -> Extraction:
-    """Read what a finished extraction did from its manifest."""
+def summary_of(output: Path) -> Extraction:
+    """Read from its manifest what a finished extraction did."""
+    from clinical_nlp.runs import Run
+
+    run = Run.load(output)
     told = run.manifest
+    changed = told.get("update")
     return Extraction(
         output=run.path,
         **{name: told["extraction"][name] for name in _COUNTS},
         skipped_by_rule=told["skipped_by_rule"],
         rejected_by_reason=told["rejected_by_reason"],
         shards_reused=told["extraction"]["shards"],
+        update=changed and Update(**{**changed, "patients_touched": tuple(changed["patients_touched"])}),
     )
 
 

@@ -1,4 +1,4 @@
-"""From finished shards to the outputs: copied-forward text, NOTE_NLP, patients, phenopackets.
+"""From finished shards to the outputs: copied-forward text, NOTE_NLP, patients, phenopackets, FHIR.
 
 Every step streams: shards one at a time, patients one at a time, and the sorts in between spill to disk inside the
 output. Running it again gives the same bytes, so an interruption here costs only time.
@@ -6,14 +6,16 @@ output. Running it again gives the same bytes, so an interruption here costs onl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, time
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +26,11 @@ from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
 from clinical_nlp.extraction.shards import clear_write_errors, verifies
 from clinical_nlp.language.terminology import Terminology
 from clinical_nlp.notes.schema import Patient
+from clinical_nlp.notes.writers.fhir import FhirWriter, to_line
 from clinical_nlp.notes.writers.note_nlp import note_nlp_table, read_vocabulary
 from clinical_nlp.notes.writers.phenopacket import Evidence, Feature, file_name, phenopacket, to_json
 from clinical_nlp.notes.writers.table import MENTION_SCHEMA, write_table
-from clinical_nlp.runs import sync_folder, write_json
+from clinical_nlp.runs import file_digest, sync_folder, write_json
 
 NOTE_ID_MAP_SCHEMA = pa.schema(
     [
@@ -39,6 +42,15 @@ NOTE_ID_MAP_SCHEMA = pa.schema(
 )
 """Which integer stands for which note in NOTE_NLP: the note's own id where all are distinct positive integers (as in
 an OMOP export), else its running number among the notes done."""
+
+_DIGEST_OF_NOTE = "md5(concat_ws(chr(31), {}))".format(
+    ", ".join(
+        f"coalesce({name}::VARCHAR, chr(30))"
+        for name in ("institution", "note_id", "encounter_id", "note_type", "written_at", "language", "text_sha256")
+    )
+)
+_PEOPLE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("scope", "patient_id", "digest")])
+_FHIR = ("Condition", "Observation", "Provenance")
 
 _MEMORY = "1GB"
 _PATIENT_ROWS = 20_000
@@ -62,6 +74,8 @@ def write_outputs(
     terminology: Terminology,
     records: Sequence[Mapping[str, Any]],
     read_demographics: Callable[[], Iterator[Patient]],
+    *,
+    previous: Path | None = None,
 ) -> dict[str, int]:
     """Write what needs all shards and return how much: patients, patient_concepts, phenopackets.
 
@@ -71,17 +85,19 @@ def write_outputs(
     config, terminology : of the batch.
     records : for each shard, its counts, in order.
     read_demographics : gives the patients of the export.
+    previous : an earlier output of the same settings; the phenopacket of a patient who is the same there stays the
+        same file.
     """
     if (written := outputs_written(output)) is not None:
         return written
-    for folder in ("mentions", "note_nlp", "patients", "phenopackets"):
+    for folder in ("mentions", "note_nlp", "patients", "phenopackets", "fhir"):
         shutil.rmtree(output / folder, ignore_errors=True)
     with clear_write_errors(output):
         scratch = output / STAGE / "duckdb"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         files = _mentions(output, config, records, scratch)
-        patients = _Patients(output, config, terminology, read_demographics, scratch)
+        patients = _Patients(output, config, terminology, read_demographics, scratch, previous)
         files |= patients.write()
         # One sync for all phenopackets: a rename of each would cost a disk flush a patient.
         os.sync()
@@ -98,7 +114,8 @@ def outputs_written(output: Path) -> dict[str, int] | None:
         return None
 
 
-def _connect(scratch: Path) -> Any:
+def connect(scratch: Path) -> Any:
+    """Open DuckDB in bounded memory; what does not fit is on disk below `scratch`."""
     import duckdb
 
     connection = duckdb.connect(
@@ -122,14 +139,14 @@ def _rows(connection: Any, query: str, size: int = 10_000) -> Iterator[dict[str,
         yield from batch.to_pylist()
 
 
-def _files(folder: Path) -> str:
-    """Glob of the files of a folder as SQL text; what is a pattern in the folder's own name is taken literally."""
+def files_of(folder: Path) -> str:
+    """Return the glob of a folder's Parquet files as SQL text; the folder's own name is taken literally."""
     literal = "".join(f"[{sign}]" if sign in "[*?" else sign for sign in str(folder)).replace("'", "''")
     return f"{literal}/*.parquet"
 
 
-def _person(config: ExtractionConfig) -> str:
-    """SQL of what two notes of one patient have in common."""
+def person_of(config: ExtractionConfig) -> str:
+    """Return the SQL of what two notes of one patient have in common."""
     return "patient_id" if patients_are_shared(config) else "institution, patient_id"
 
 
@@ -137,8 +154,8 @@ def _mentions(
     output: Path, config: ExtractionConfig, records: Sequence[Mapping[str, Any]], scratch: Path
 ) -> dict[str, str]:
     """Write mentions/, note_nlp/ and the id map from the staged shards."""
-    connection = _connect(scratch)
-    staged, notes = _files(output / STAGE / "mentions"), _files(output / "notes")
+    connection = connect(scratch)
+    staged, notes = files_of(output / STAGE / "mentions"), files_of(output / "notes")
     own_ids = connection.execute(
         f"""SELECT coalesce(bool_and(regexp_full_match(note_id, '[1-9][0-9]{{0,17}}')), false)
                    AND count(DISTINCT note_id) = count(*)
@@ -148,16 +165,18 @@ def _mentions(
     copies = _rows(
         connection,
         f"""WITH mention AS (
-              SELECT institution, patient_id, note_id, sentence, written_at, file_row_number AS place, filename
-              FROM read_parquet('{staged}', file_row_number = true, filename = true) WHERE sentence IS NOT NULL),
+              SELECT institution, patient_id, note_id, written_at, file_row_number AS place, filename,
+                     sentence_digest AS sentence
+              FROM read_parquet('{staged}', file_row_number = true, filename = true)
+              WHERE sentence_digest IS NOT NULL),
             original AS (
-              SELECT {_person(config)}, sentence,
+              SELECT {person_of(config)}, sentence,
                      arg_min({{'institution': institution, 'note_id': note_id}},
                              {{'undated': written_at IS NULL, 'at': written_at, 'file': filename, 'place': place}})
                        AS note
               FROM mention GROUP BY ALL HAVING count(DISTINCT (institution, note_id)) > 1)
             SELECT filename, place, original.note.note_id AS copied_from
-            FROM mention JOIN original USING ({_person(config)}, sentence)
+            FROM mention JOIN original USING ({person_of(config)}, sentence)
             WHERE (original.note.institution, original.note.note_id) <> (institution, note_id)
             ORDER BY filename, place""",
     )
@@ -217,38 +236,53 @@ class _Patients:
         terminology: Terminology,
         read_demographics: Callable[[], Iterator[Patient]],
         scratch: Path,
+        previous: Path | None,
     ) -> None:
         self.counts = {"patients": 0, "patient_concepts": 0, "phenopackets": 0}
+        self._previous = previous
+        self._fhir = FhirWriter(
+            terminology=terminology.name,
+            version=terminology.version,
+            system=SYSTEM,
+            references=config.format == "fhir" and config.patient_map is None,
+            processed_on=config.processed_on,
+        )
         self._output, self._config, self._terminology = output, config, terminology
         self._read_demographics, self._scratch = read_demographics, scratch
         self._held: list[dict[str, Any]] = []
         self._written: dict[str, str] = {}
+        self._lines: dict[str, TextIO] = {}
 
     def write(self) -> dict[str, str]:
         """Write everything and return the digests of the tables."""
-        connection = _connect(self._scratch)
+        connection = connect(self._scratch)
         self._load_demographics(connection)
-        person = _person(self._config)
+        person = person_of(self._config)
         scoped = not patients_are_shared(self._config)
         # Demographics name no institution: where an id may be two people, they are used only if it is not.
+        # The digest is of all that a patient's results depend on, so that equal digests mean equal results.
         people = _rows(
             connection,
             f"""WITH person AS (
-                  SELECT min(institution) AS scope, patient_id, max(written_at) AS latest
-                  FROM read_parquet('{_files(self._output / "notes")}') WHERE outcome = 'done' GROUP BY {person}),
+                  SELECT min(institution) AS scope, patient_id, max(written_at) AS latest,
+                         string_agg({_DIGEST_OF_NOTE}, '' ORDER BY number) AS notes
+                  FROM read_parquet('{files_of(self._output / "notes")}') WHERE outcome = 'done' GROUP BY {person}),
                 sure AS (
                   SELECT patient_id FROM person GROUP BY patient_id HAVING count(*) = 1),
                 known AS (
                   SELECT patient_id, min(sex) AS sex, min(birth_date) AS birth_date, min(death_date) AS death_date
                   FROM demographics SEMI JOIN sure USING (patient_id) GROUP BY patient_id)
-                SELECT * FROM person LEFT JOIN known USING (patient_id)
+                SELECT scope, patient_id, latest, sex, birth_date, death_date,
+                       md5(notes || concat_ws('/', coalesce(sex, '-'), coalesce(birth_date::VARCHAR, '-'),
+                                              coalesce(death_date::VARCHAR, '-'))) AS digest
+                FROM person LEFT JOIN known USING (patient_id)
                 ORDER BY {person.replace("institution", "scope")}""",
         )
         mentions = _rows(
             connection,
             f"""SELECT institution, patient_id, note_id, written_at, "start", "end", concept_id, concept_label,
                        presence, temporality, modality, experiencer, copied_from
-                FROM read_parquet('{_files(self._output / "mentions")}') WHERE concept_id IS NOT NULL
+                FROM read_parquet('{files_of(self._output / "mentions")}') WHERE concept_id IS NOT NULL
                 ORDER BY {person}, written_at NULLS LAST, institution, note_id, "start", "end", concept_id""",
         )
 
@@ -257,17 +291,54 @@ class _Patients:
 
         groups = groupby(mentions, key)
         group = next(groups, None)
-        for row in people:
-            row["scope"] = row["scope"] if scoped else ""
-            wanted = (row["scope"], row["patient_id"])
-            found: list[dict[str, Any]] = []
-            if group is not None and group[0] == wanted:
-                found = list(group[1])
-                group = next(groups, None)
-            self._patient(row, found)
+        unchanged = self._unchanged()
+        with ExitStack() as stack:
+            for name in _FHIR:
+                path = self._scratch / f"{name}.ndjson"
+                self._lines[name] = stack.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+            register = stack.enter_context(
+                pq.ParquetWriter(self._scratch / "people.parquet", _PEOPLE_SCHEMA, compression="zstd")
+            )
+            held: list[dict[str, Any]] = []
+            for row in people:
+                row["scope"] = row["scope"] if scoped else ""
+                wanted = (row["scope"], row["patient_id"])
+                found: list[dict[str, Any]] = []
+                if group is not None and group[0] == wanted:
+                    found = list(group[1])
+                    group = next(groups, None)
+                held.append({name: row[name] for name in _PEOPLE_SCHEMA.names})
+                if len(held) == _PATIENT_ROWS:
+                    register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
+                    held = []
+                self._patient(row, found, same=unchanged(*wanted, row["digest"]))
+            register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
         self._flush()
         connection.close()
+        (self._output / "fhir").mkdir()
+        for name in (*(f"fhir/{name}.ndjson" for name in _FHIR), "ledger/people.parquet"):
+            os.replace(self._scratch / Path(name).name, self._output / name)
+            self._written[name] = file_digest(self._output / name)
         return self._written
+
+    def _unchanged(self) -> Callable[[str, str, str], bool]:
+        """Return a function that says whether a patient is in the earlier output with this digest.
+
+        It is asked in the order in which patients are written, so that neither list is held in memory.
+        """
+        if self._previous is None:
+            return lambda scope, patient_id, digest: False
+        register = pq.ParquetFile(self._previous / "ledger" / "people.parquet")
+        earlier = (row for batch in register.iter_batches(_PATIENT_ROWS) for row in batch.to_pylist())
+        row = next(earlier, None)
+
+        def unchanged(scope: str, patient_id: str, digest: str) -> bool:
+            nonlocal row
+            while row is not None and (row["scope"], row["patient_id"]) < (scope, patient_id):
+                row = next(earlier, None)
+            return row is not None and (row["scope"], row["patient_id"], row["digest"]) == (scope, patient_id, digest)
+
+        return unchanged
 
     def _load_demographics(self, connection: Any) -> None:
         connection.execute(
@@ -291,15 +362,20 @@ class _Patients:
             connection.execute("INSERT INTO demographics SELECT * FROM block")
             connection.unregister("block")
 
-    def _patient(self, person: Mapping[str, Any], mentions: list[dict[str, Any]]) -> None:
+    def _patient(self, person: Mapping[str, Any], mentions: list[dict[str, Any]], *, same: bool) -> None:
         rows = patient_rows(person["patient_id"], mentions, self._terminology, propagate=self._config.propagate)
         self.counts["patients"] += 1
         self.counts["patient_concepts"] += len(rows)
         self._held.extend(rows)
         if len(self._held) >= _PATIENT_ROWS:
             self._flush()
+        stated = [row for row in rows if row["state"] in ("present", "excluded") and not row["propagated_from"]]
+        features = [_feature(row) for row in stated]
+        for feature in features:
+            for resource in self._fhir.resources(person["patient_id"], person["scope"], feature):
+                self._lines[resource["resourceType"]].write(to_line(resource))
         if self._terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in self._terminology.roots):
-            self._phenopacket(person, rows)
+            self._phenopacket(person, features, same=same)
 
     def _flush(self) -> None:
         name = f"patients/part-{len(self._written):06d}.parquet"
@@ -308,26 +384,30 @@ class _Patients:
             self._written[name] = write_table(self._output / name, table)
             self._held = []
 
-    def _phenopacket(self, person: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    def _phenopacket(self, person: Mapping[str, Any], features: list[Feature], *, same: bool) -> None:
         patient_id = person["patient_id"]
         packet_id = f"{person['scope']}/{patient_id}" if person["scope"] else patient_id
+        path = self._output / "phenopackets" / file_name(packet_id)
+        path.parent.mkdir(exist_ok=True)
+        self.counts["phenopackets"] += 1
+        if same and self._previous is not None:
+            with contextlib.suppress(OSError):  # a file system without hard links gets a copy with the same bytes
+                os.link(self._previous / "phenopackets" / path.name, path)
+                return
         created: datetime | None = person["latest"]
         if self._config.processed_on is not None:
             created = datetime.combine(self._config.processed_on, time(), UTC)
         packet = phenopacket(
             packet_id,
             Patient(patient_id, person["sex"], person["birth_date"], person["death_date"]),
-            [_feature(row) for row in rows if row["state"] in ("present", "excluded") and not row["propagated_from"]],
+            features,
             hpo_version=self._terminology.version,
             created=created,
             created_by=SYSTEM,
         )
-        path = self._output / "phenopackets" / file_name(packet_id)
-        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{self.counts['phenopackets']}.tmp")
         temporary.write_bytes(to_json(packet))
         os.replace(temporary, path)
-        self.counts["phenopackets"] += 1
 
 
 def _feature(row: Mapping[str, Any]) -> Feature:

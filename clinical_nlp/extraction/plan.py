@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -29,16 +29,18 @@ class ExtractionConfig(Config):
     source: str = Field(min_length=1)
     """The export: a file or a folder."""
     format: str
-    """How it is laid out: fhir, omop, mimic, table, brat, iob or text."""
+    """How it is laid out: fhir, omop, mimic, table, brat, iob or text; or catalog, where the source is the name of a
+    table of the Spark session, with the columns of a table (engine spark)."""
     model: str | None = None
     """Directory of an ner run whose entities are added to the dictionary's."""
     terminology: str = "hpo"
     """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
-    engine: Literal["local"] = "local"
-    """Where the work is done: processes on this machine."""
+    engine: Literal["local", "spark"] = Field(default="local", exclude=True)
+    """Where the work is done: processes on this machine, or Spark (the session that is active, else a local one). The
+    outputs are the same bytes."""
     workers: int = Field(default=1, ge=1, exclude=True)
-    """Processes. With 1 the work is done in this process; with 2 or more a note that kills its worker is rejected and
-    the rest go on. The outputs are the same bytes."""
+    """Processes, or threads of a local Spark session. With 1 the work is done in this process, and a note that kills it
+    is rejected by --resume; with 2 or more, or on Spark, the rest go on at once. The outputs are the same bytes."""
     languages: list[str] = Field(default_factory=lambda: ["en"])
     """Languages to process; notes in others are skipped and counted. An empty list means all."""
     default_language: str = "en"
@@ -87,11 +89,15 @@ class ExtractionConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A run of consecutive records of the export; `first` is the running number of the first."""
+    """A run of consecutive records of the export; `first` is the running number of the first.
+
+    `known` holds, by their place in `records`, the outcomes of notes that an earlier run has annotated already.
+    """
 
     index: int
     first: int
     records: tuple[Record, ...]
+    known: Mapping[int, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -141,9 +147,8 @@ def _is_utf8(value: str) -> bool:
     return True
 
 
-def make_plan(config: ExtractionConfig, *, terminology: Any, inputs: list[Path]) -> dict[str, Any]:
+def make_plan(config: ExtractionConfig, *, terminology: Any, source: Path, inputs: list[Path]) -> dict[str, Any]:
     """Return what an output depends on, as digests; a resumed batch must find the same."""
-    source = Path(config.source)
     folder = source if source.is_dir() else source.parent
     return {
         "format_version": 1,

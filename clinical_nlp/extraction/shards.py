@@ -55,8 +55,8 @@ REJECTED_SCHEMA = pa.schema(
 )
 """What could not be used: `stage` is reading or extraction; `reason` never holds note text."""
 
-STAGED_SCHEMA = MENTION_SCHEMA.append(pa.field("snippet", pa.string())).append(pa.field("sentence", pa.string()))
-"""Mentions before `copied_from` is known, with what the later steps need: `sentence` is a digest."""
+STAGED_SCHEMA = MENTION_SCHEMA.append(pa.field("snippet", pa.string()))
+"""Mentions before `copied_from` is known, with the snippet of NOTE_NLP."""
 
 COPIED_SENTENCE = 40
 """A sentence shorter than this many characters is not evidence of copying: "No fever." recurs by itself."""
@@ -66,6 +66,10 @@ _LANES = ("dictionary", "model", "both")
 
 class SpanMismatchError(Exception):
     """A mention whose text is not what stands at its offsets."""
+
+
+DIED = "the worker process died on this note"
+"""Reason of a note that ends its process (out of memory, a crash in native code)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +164,8 @@ class Extractor:
                 "score": round(float(mention.score), 4),
                 "lane": mention.lane,
                 "copied_from": None,
+                "sentence_digest": digests.get(place),
                 "snippet": snippet(note.text, mention.start, mention.end).encode("utf-8", "replace").decode(),
-                "sentence": digests.get(place),
             }
 
 
@@ -185,6 +189,20 @@ def _sentence_digest(text: str, sentence: tuple[int, int]) -> str | None:
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def to_annotate(shard: Shard) -> list[Note]:
+    """Return the notes of a shard whose outcome is not known yet."""
+    return [
+        record for place, record in enumerate(shard.records) if isinstance(record, Note) and place not in shard.known
+    ]
+
+
+def outcomes(shard: Shard, annotated: Sequence[Annotated]) -> list[Annotated]:
+    """Return the outcome of every note of a shard, in order, from those of `to_annotate` and those that were known."""
+    new = iter(annotated)
+    notes = [place for place, record in enumerate(shard.records) if isinstance(record, Note)]
+    return [shard.known[place] if place in shard.known else next(new) for place in notes]
+
+
 def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> dict[str, Any]:
     """Write the files of a shard and then its ledger record, each atomically.
 
@@ -202,7 +220,7 @@ def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> d
     ------
     RunError : the disk is full or the folder cannot be written.
     """
-    outcomes = iter(annotated)
+    given = iter(annotated)
     notes: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     mentions: list[dict[str, Any]] = []
@@ -210,7 +228,7 @@ def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> d
         row: dict[str, Any] = {"number": number, "source": record.source, "n_mentions": 0}
         row |= {"note_id": record.note_id, "patient_id": record.patient_id}
         if isinstance(record, Note):
-            outcome = next(outcomes)
+            outcome = next(given)
             stage, reason = "extraction", outcome.reason
             mentions.extend(outcome.rows)
             row |= {
@@ -253,6 +271,7 @@ def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> d
             "records": len(notes),
             **counts,
             "rejected": len(rejected),
+            "rejected_in_extraction": sum(row["stage"] == "extraction" for row in rejected),
             "mentions": len(mentions),
             "files": files,
         }

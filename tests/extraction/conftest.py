@@ -1,5 +1,6 @@
 """A small export that has one of everything, and a terminology that loads at once."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "manifest.json"
     }
+
+
+def poison_processes(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Make every Python process that is started from now on do `how` when it annotates the marked note."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        f"""
+import os, sys
+from clinical_nlp.language.mentions import Annotator
+annotate = Annotator.annotate
+def failing(self, text, extra_spans=()):
+    if "{MARKER}" in text:
+        {how}
+    return annotate(self, text, extra_spans)
+Annotator.annotate = failing
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -2,19 +2,21 @@
 
 import errno
 import json
+import subprocess
+import sys
 from datetime import date
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import COPIED, MARKER, NOTES, tree, write_export
+from conftest import COPIED, MARKER, NOTES, poison_processes, tree, write_export
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clinical_nlp.errors import ConfigError, InputError, MissingDataError, RunError, UsageError
 from clinical_nlp.extraction import extract, shards
-from clinical_nlp.extraction.engines.local import DIED
 from clinical_nlp.extraction.plan import ExtractionConfig, cut
+from clinical_nlp.extraction.shards import DIED
 from clinical_nlp.language.mentions import Annotator
 from clinical_nlp.notes.schema import Note, Rejected, Skipped
 from clinical_nlp.notes.writers.note_nlp import NOTE_NLP_SCHEMA
@@ -139,7 +141,7 @@ def test_any_number_of_workers_gives_the_same_bytes(export, options, tmp_path):
     for workers in (1, 3):
         extract(export, output=tmp_path / str(workers), workers=workers, propagate=True, **options)
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
-    assert len(list((tmp_path / "1" / "ledger").iterdir())) == 5
+    assert len(list((tmp_path / "1" / "ledger").glob("*.json"))) == 5
 
 
 def test_shard_size_does_not_change_what_is_found(export, options, tmp_path):
@@ -187,20 +189,7 @@ def test_a_note_that_fails_is_rejected_and_its_text_is_nowhere(export, options, 
 def test_a_note_that_kills_its_worker_is_rejected_and_the_rest_go_on(
     export, options, tmp_path, monkeypatch, capfd, how
 ):
-    (tmp_path / "patched").mkdir()
-    (tmp_path / "patched" / "sitecustomize.py").write_text(
-        f"""
-import os, sys
-from clinical_nlp.language.mentions import Annotator
-annotate = Annotator.annotate
-def failing(self, text, extra_spans=()):
-    if "{MARKER}" in text:
-        {how}
-    return annotate(self, text, extra_spans)
-Annotator.annotate = failing
-"""
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "patched"))
+    poison_processes(tmp_path / "patched", monkeypatch, how)
     result = extract(export, output=tmp_path / "out", workers=2, **options)
     assert (result.done, result.rejected) == (10, 3)
     (row,) = [row for row in rows(tmp_path / "out", "rejected") if row["note_id"] == "a7"]
@@ -209,6 +198,43 @@ Annotator.annotate = failing
         note[0] for note in NOTES
     } - {"a6", "a7"}
     assert MARKER not in "".join(capfd.readouterr())
+
+
+def test_with_one_worker_such_a_note_ends_the_batch_once(export, options, tmp_path, monkeypatch):
+    extract(export, output=tmp_path / "whole", **options)
+    poison_processes(tmp_path / "patched", monkeypatch, "os.kill(os.getpid(), 9)")
+    told = json.dumps({**options, "terminology": str(options["terminology"])})
+    run = (
+        "import json, sys; from clinical_nlp.extraction import extract; "
+        "extract(sys.argv[1], output=sys.argv[2], **json.loads(sys.argv[3]))"
+    )
+    died = subprocess.run([sys.executable, "-c", run, str(export), str(tmp_path / "out"), told], check=False)
+    assert died.returncode == -9
+    result = extract(export, output=tmp_path / "out", resume=True, **options)
+    assert (result.done, result.rejected_by_reason[DIED]) == (10, 1)
+    again = extract(export, output=tmp_path / "out", retry_rejected=True, **options)
+    assert again.rejected_by_reason[DIED] == 1
+    (tmp_path / "patched" / "sitecustomize.py").unlink()
+    healed = extract(export, output=tmp_path / "out", retry_rejected=True, **options)
+    assert (healed.done, healed.rejected) == (11, 2)
+    assert healed.update.added == 1
+    assert healed.update.patients_touched == ("A/3",)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert extract(export, output=tmp_path / "out", retry_rejected=True, **options).done == 11
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
+
+
+def test_rejected_notes_of_an_interrupted_batch_are_retried(export, options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison_processes(tmp_path / "patched", patch, "os.kill(os.getpid(), 9)")
+        from clinical_nlp.extraction import outputs
+
+        patch.setattr(outputs, "write_outputs", lambda *_, **__: (_ for _ in ()).throw(RunError("stopped")))
+        with pytest.raises(RunError, match="stopped"):
+            extract(export, output=tmp_path / "out", workers=2, **options)
+    result = extract(export, output=tmp_path / "out", retry_rejected=True, **options)
+    assert (result.done, result.rejected, result.shards - result.shards_reused) == (11, 2, 1)
 
 
 def interrupted(export, options, output, monkeypatch):
@@ -284,7 +310,7 @@ def test_an_output_in_use_is_refused(export, options, tmp_path):
 def test_wrong_usage_leaves_nothing_behind(export, options, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="engine"):
-        extract(export, output=out, engine="spark", **options)
+        extract(export, output=out, engine="dask", **options)
     with pytest.raises(ConfigError, match="did you mean 'languages'"):
         extract(export, output=out, langauges=["en"], **options)
     with pytest.raises(MissingDataError):

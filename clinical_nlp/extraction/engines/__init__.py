@@ -1,1 +1,1 @@
-"""Where shards are worked on: `local` here; Spark comes later. An engine never changes what is written."""
+"""Where shards are worked on: processes of this machine, or Spark. An engine never changes what is written."""

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from clinical_nlp.errors import RunError
+from clinical_nlp.extraction import STAGE
 from clinical_nlp.extraction.plan import Shard
-from clinical_nlp.extraction.shards import Annotated, Extractor, write_shard
-from clinical_nlp.notes.schema import Note
-
-DIED = "the worker process died on this note"
-"""Reason of a note that ends its process (out of memory, a crash in native code)."""
+from clinical_nlp.extraction.shards import DIED, Annotated, Extractor, outcomes, to_annotate, write_shard
 
 
 def process(
-    shards: Iterable[Shard], output: Path, *, terminology: str, model: str | None, workers: int
+    shards: Iterable[Shard], output: Path, *, terminology: str, model: str | None, workers: int, apart: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Work through shards and yield their ledger records as they are done, in any order.
 
@@ -32,16 +29,27 @@ def process(
     shards : what is to be done; taken one at a time, so that memory stays flat.
     output : the run directory.
     terminology, model : as in the config.
-    workers : with 1, this process does the work.
+    workers : with 1, this process does the work, but for a shard in which an earlier process was killed.
+    apart : never work in this process.
     """
-    if workers == 1:
-        extractor = None
-        for shard in shards:
-            extractor = extractor or Extractor(terminology, model)
-            notes = [record for record in shard.records if isinstance(record, Note)]
-            yield write_shard(output, shard, extractor.annotate(notes))
+    if workers > 1 or apart:
+        yield from _Pool(output, terminology, model, workers).process(shards)
         return
-    yield from _Pool(output, terminology, model, workers).process(shards)
+    extractor = None
+    for shard in shards:
+        mark = output / STAGE / "begun" / str(shard.index)
+        if mark.exists():
+            yield from _Pool(output, terminology, model, 1).process([shard])
+            mark.unlink()
+            continue
+        extractor = extractor or Extractor(terminology, model)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        try:
+            record = write_shard(output, shard, outcomes(shard, extractor.annotate(to_annotate(shard))))
+        finally:
+            mark.unlink()
+        yield record
 
 
 @dataclass
@@ -130,7 +138,7 @@ class _Pool:
             elif shard is not None:
                 self._workers.remove(worker)
                 worker.stop()
-                yield write_shard(self._output, shard, self._one_by_one(shard))
+                yield write_shard(self._output, shard, outcomes(shard, self._one_by_one(shard)))
 
     def _answer(self, worker: _Worker) -> tuple[str, Any] | None:
         """Return what a worker says, None where it has died; a failure that it reports is raised."""
@@ -149,11 +157,9 @@ class _Pool:
     def _one_by_one(self, shard: Shard) -> list[Annotated]:
         """Annotate the notes of a shard that killed its worker, each alone, and reject the one that kills again."""
         worker: _Worker | None = None
-        outcomes = []
+        annotated = []
         try:
-            for note in shard.records:
-                if not isinstance(note, Note):
-                    continue
+            for note in to_annotate(shard):
                 if worker is None:
                     worker = self._start()
                     self._answer(worker)
@@ -163,10 +169,10 @@ class _Pool:
                 if answer is None:
                     worker.stop()
                     worker = None
-                    outcomes.append(Annotated(reason=DIED))
+                    annotated.append(Annotated(reason=DIED))
                 else:
-                    outcomes.append(answer[1])
+                    annotated.append(answer[1])
         finally:
             if worker is not None:
                 worker.stop()
-        return outcomes
+        return annotated

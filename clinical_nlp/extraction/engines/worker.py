@@ -21,8 +21,7 @@ def main(arguments: list[str]) -> None:
     output = Path(arguments[3])
 
     from clinical_nlp.errors import ClinicalNlpError
-    from clinical_nlp.extraction.shards import Extractor, write_shard
-    from clinical_nlp.notes.schema import Note
+    from clinical_nlp.extraction.shards import Extractor, outcomes, to_annotate, write_shard
 
     try:
         extractor = Extractor(arguments[4], arguments[5] or None)
@@ -35,8 +34,8 @@ def main(arguments: list[str]) -> None:
             if kind == "note":
                 answers.send(("note", extractor.annotate([task])[0]))
             else:
-                notes = [record for record in task.records if isinstance(record, Note)]
-                answers.send(("shard", write_shard(output, task, extractor.annotate(notes))))
+                annotated = outcomes(task, extractor.annotate(to_annotate(task)))
+                answers.send(("shard", write_shard(output, task, annotated)))
     except ClinicalNlpError as error:
         answers.send(("failed", f"{error}"))
     # The message of an unknown error may quote a note, so only its type is passed on.

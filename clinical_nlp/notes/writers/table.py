@@ -43,11 +43,13 @@ MENTION_SCHEMA = pa.schema(
         pa.field("score", pa.float64(), nullable=False),
         pa.field("lane", pa.string(), nullable=False),
         pa.field("copied_from", pa.string()),
+        pa.field("sentence_digest", pa.string()),
     ]
 )
 """One row a mention, in the order of the notes. `text` equals `note.text[start:end]`; `label` is the entity type;
-`lane` is dictionary, model or
-both; `copied_from` is the earliest note of the same patient that holds the identical sentence, where there is one."""
+`lane` is dictionary, model or both; `copied_from` is the earliest note of the same patient that holds the identical
+sentence, where there is one; `sentence_digest` is equal where the sentences are (white space aside), and null for a
+sentence too short to tell."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
