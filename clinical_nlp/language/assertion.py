@@ -36,6 +36,7 @@ _DEFAULTS = {
 }
 """What a mention means in a section when no cue says otherwise; a reaction under allergies happens on exposure."""
 
+_CURRENT = re.compile(r"(?!.*(?:past|resolved|prev|prior)).*(?:problem|active|current|chronic|comorbid)", re.I | re.S)
 _PLANS = re.compile(r"plan|recommend|orders?\b|to do\b|follow", re.IGNORECASE)
 _PROCEDURE = re.compile(
     r"(?:scopy|ectomy|otomy|ostomy|plasty|graphy|gram|centesis|biopsy|surgery|repair|replacement|transplant(?:ation)?"
@@ -53,11 +54,19 @@ _ANSWER = re.compile(
     r"| (?:today|now|currently|at (?:this|present|the)|recently|reported|noted|known|seen)\b)"
     r"|[ \t]*\((?:(?P<minus>-|–|−|neg|negative|absent|no|none|denied|denies)|(?P<plus>\+|pos|positive|present|yes)"
     r"|(?P<query>\?|possible|probable|suspected))\)"
+    r"|(?:[ \t]+(?:is|was|are|level|score|scale|rated|at|of|currently|today|now))*[ \t:=]+(?P<zero>0[ \t]?/[ \t]?10)\b"
     r"|[ \t]*(?:(?P<sign_minus>[-–−])|(?P<sign_plus>\+{1,3}))(?=[ \t]*(?:[,;]|[.]?[ \t]*(?:\n|$)))",
     re.IGNORECASE,
 )
 _SIGNED = re.compile(r"[+\-–−][ \t]*[,;]")
-_SIGNS = {"minus": "absent", "plus": "present", "query": "uncertain", "sign_minus": "absent", "sign_plus": "present"}
+_SIGNS = {
+    "minus": "absent",
+    "plus": "present",
+    "query": "uncertain",
+    "zero": "absent",
+    "sign_minus": "absent",
+    "sign_plus": "present",
+}
 _REPLY = re.compile(
     r"[\s\"”]*(?:\[?[A-Za-z_][A-Za-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:um|uh|well|oh|hmm|mmm|so|and)[,. ]+)*"
     r"(?:(?P<absent>no(?!te)|nope|nah|never|negative|not (?:really|at all|that|so far|lately|right now)|none"
@@ -83,6 +92,7 @@ _OR = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 _CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
 _OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
+_AGO = frozenset(("ago", "back"))
 _SENTENCE_STARTS = frozenset((".", ";", ":", "]", "-", "(", "•", "*"))
 _ANCHOR = "^"  # a phrase that counts only where a sentence or an item begins
 _LIST_HEAD = re.compile(r":[,\s]*(?:\(?1[.)]|[-*•])[ \t]*\w")
@@ -200,22 +210,25 @@ def assert_spans(
                 for cue in carried:
                     if cue.rule.axis not in chosen:
                         chosen[cue.rule.axis] = (cue.rule.value, cue.start, cue.end)
-            if text[stop - 1] == "?" and (chosen.get("presence") is None or chosen["presence"][1:] == (stop - 1, stop)):
+            said = chosen.get("presence")
+            if text[stop - 1] == "?" and (said is None or said[0] == "present" or said[1:] == (stop - 1, stop)):
                 reply = _REPLY.match(text, stop)
                 if reply is not None and reply.lastgroup:
                     chosen["presence"] = (reply.lastgroup, reply.start(reply.lastgroup), reply.end(reply.lastgroup))
             if section.category == "allergies" and text[span[0] : span[0] + 6].lower() == "allerg":
                 chosen.setdefault("modality", ("actual", *span))  # the allergy is there, its reactions may come
-            header = (section.header_start, section.header_end)
-            planned = section.category == "assessment_plan" and _PLANS.search(text, *header)
+            header = text[section.header_start : section.header_end]
+            planned = section.category == "assessment_plan" and _PLANS.search(header)
             if planned and "temporality" not in chosen and _PROCEDURE.search(text, *span):
-                chosen["temporality"] = ("future", *header)
-            results[number] = _assertion(chosen, section)
+                chosen["temporality"] = ("future", section.header_start, section.header_end)
+            results[number] = _assertion(chosen, section, header)
     return [result for result in results if result is not None]
 
 
-def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section) -> Assertion:
+def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section, header: str) -> Assertion:
     default = _DEFAULTS.get(section.category)
+    if default is not None and default[1] == "historical" and _CURRENT.match(header):
+        default = None  # a problem list is filed with the past history and is not past
     denied = "presence" in chosen and chosen["presence"][0] == "absent"
     if default is not None and default[0] not in chosen and not (denied and default[0] != "experiencer"):
         chosen[default[0]] = (default[1], section.header_start, section.header_end)
@@ -269,6 +282,8 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
             if rules[0].kind == "pseudo":
                 # Nothing may start inside a pseudo cue, so what begins here and ends later is hidden too.
                 hidden[key] = last
+                while found and found[-1].last > at and found[-1].rule.axis == key:
+                    found.pop()  # `is not` before `not relieved by`
             reached[key] = last
             if at < hidden.get(key, 0) and rules[0].kind != "pseudo":
                 continue
@@ -281,7 +296,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                     continue
             following = words[last] if last < count else "."
             closes = at > 0 and words[at - 1] not in _CLAUSE_STARTS
-            closes = closes and (following in _CLAUSE_ENDS or key == "temporality")
+            closes = closes and (following in _CLAUSE_ENDS or words[last - 1] in _AGO)
             twofold = len({rule.direction for rule in rules if rule.kind == "cue"}) > 1
             for rule in rules:
                 if rule.kind == "pseudo":
@@ -355,8 +370,11 @@ def _decide(
             closed.update((rule.axis,) if rule.axis else _AXES)
         elif rule.kind == "cue" and rule.axis not in closed and rule.axis not in after:
             if rule.direction == "backward":
-                headed = rule.axis != "presence" and ":" in text[end : cue.start]  # `anemia: scan to be done`
-                if not headed and _reaches(text, end, cue.start, rule.scope, ""):
+                between = text[end : cue.start]
+                headed = rule.axis != "presence" and ":" in between  # `anemia: scan to be done`
+                # `gout, cramps with walking`: what brings one item on says nothing about the item before.
+                other = rule.value == "conditional" and "," in between.rstrip(" ,")
+                if not headed and not other and _reaches(text, end, cue.start, rule.scope, ""):
                     after[rule.axis] = cue
             elif rule.value != _PLAIN[rule.axis]:
                 closed.add(rule.axis)
@@ -417,8 +435,9 @@ def _lead(text: str, sentences: Sequence[tuple[int, int]], at: int, section: Sec
             for cue in cues:
                 if cue.rule.kind == "end":
                     kept.pop(cue.rule.axis, None)
-                elif cue.rule.kind == "cue" and cue.rule.direction == "forward":
-                    kept[cue.rule.axis] = cue
+                elif cue.rule.kind == "cue" and cue.rule.direction != "backward":
+                    if _reaches(text, cue.end, end, cue.rule.scope, ""):
+                        kept[cue.rule.axis] = cue
             return list(kept.values())
         if not _BULLET.match(text, start):
             return []

@@ -41,8 +41,15 @@ _LINE = re.compile(
     r"(?:(?P<mark>:[*_]*|[ \t][-–—](?=[ \t])|[-–—](?=[ \t]*$))|#*[ \t]*$)",
     re.MULTILINE,
 )
-_INLINE = re.compile(r"(?<=[.,;:)\]?!\"'] )(?P<name>[A-Z][A-Z0-9&/'() \-]{2,60}?)[ \t]*:|"
+_INLINE = re.compile(r"(?<=[.,;:)\]?!\"'] )(?P<name>[A-Z][A-Z0-9&/'() \-]{1,60}?)[ \t]*(?::|[-–](?=[ \t]))|"
                      r"(?<=[.,;]),?(?P<tight>[A-Z][A-Z&/'() \-]{1,60}?)[ \t]*:")  # fmt: skip
+_SOAP = re.compile(r"(?:^|(?<=\n)|(?<=[.,]))[ \t]*(?P<name>[SOAP])[ \t]*[:/](?=[\s,])")
+_SOAP_CATEGORIES = {
+    "S": "history_of_present_illness",
+    "O": "physical_exam",
+    "A": "assessment_plan",
+    "P": "assessment_plan",
+}
 _SPACES = re.compile(r"[^a-z0-9&/]+")
 
 
@@ -115,8 +122,18 @@ def find_sections(text: str) -> list[Section]:
     for found in _INLINE.finditer(text):
         group = "name" if found["name"] else "tight"
         category = _category(found[group])
+        if category is None and group == "tight" and len(found[group]) > 3:
+            # A heading of its own, as at the start of a line: `.,FETAL ANATOMY:` or `.,CYTOLOGY: ,`
+            alone = text[found.end() : found.end() + 2].lstrip()[:1] == ","
+            category = "other" if alone or " " in found[group].strip() else None
         if category and category != _INHERIT and found.start(group) not in lines:
             heads.append((found.start(group), found.start(group), found.end(group), category))
+    soap = list(_SOAP.finditer(text))
+    if {"O", "A", "P"} & {found["name"] for found in soap} and len({found["name"] for found in soap}) > 1:
+        for found in soap:
+            place = found.span("name")
+            if place[0] not in lines:
+                heads.append((place[0], *place, _SOAP_CATEGORIES[found["name"]]))
     heads.sort()
     sections: list[Section] = []
     previous = (0, 0, 0, "other")
