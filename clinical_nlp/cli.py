@@ -521,8 +521,19 @@ def extract(words: list[str]) -> int:
     from clinical_nlp.extraction.plan import ExtractionConfig
 
     parser = _Parser(prog="clinical-nlp extract", description=extract.__doc__)
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="file or folder of the export")
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="file or folder of the export, or a table (--format catalog)"
+    )
     _add_common(parser)
+    parser.add_argument(
+        "--update", action="store_true", help="bring a finished --output to the state of the export; see what changed"
+    )
+    parser.add_argument(
+        "--retry-rejected", action="store_true", help="annotate again what was rejected in extraction (not in reading)"
+    )
+    parser.add_argument(
+        "--evidence", nargs="+", metavar="PATIENT", default=[], help="also write a page of evidence of these patients"
+    )
     _add_config(parser, ExtractionConfig, positional="source")
     arguments, overrides = _parse(parser, ExtractionConfig, words)
     if arguments.source is not None:
@@ -532,8 +543,19 @@ def extract(words: list[str]) -> int:
         return _print_config(config)
     if arguments.output is None:
         raise UsageError("--output DIR is needed")
-    result = extract_with(config, arguments.output, resume=arguments.resume)
+    result = extract_with(
+        config,
+        arguments.output,
+        resume=arguments.resume,
+        update=arguments.update,
+        retry_rejected=arguments.retry_rejected,
+    )
     print(result)
+    if arguments.evidence:
+        from clinical_nlp.reporting.evidence_page import write_evidence
+
+        for path in write_evidence(arguments.output, arguments.evidence):
+            print(f"evidence: {path}")
     return REJECTED if result.rejected else 0
 
 

@@ -218,10 +218,10 @@ def _batch(
     fresh = not (output / "plan.json").exists()
     with (
         Run.open(output, config, recipe="extract", resume=resume) as run,
-        _engine(config, output / ".cache" / "spark") as session,
+        open_engine(config, output / ".cache" / "spark") as session,
     ):
         if catalog:
-            source = _fetch(config, session, output / ".cache")
+            source = fetch_catalog(config, session, output / ".cache")
             inputs = input_files(source, layout)
             plan = make_plan(config, terminology=terminology, source=source, inputs=inputs)
         assert plan is not None
@@ -280,8 +280,9 @@ def _batch(
             workers=config.workers,
         )
         if previous is not None:
-            result = replace(result, update=previous.compare(output))
-            run.note(update=asdict(result.update))
+            changed = previous.compare(output)
+            result = replace(result, update=changed)
+            run.note(update=asdict(changed))
         shutil.rmtree(output / STAGE, ignore_errors=True)
     return result
 
@@ -292,7 +293,7 @@ def _is_whole(output: Path, config: str) -> bool:
 
 
 @contextmanager
-def _engine(config: ExtractionConfig, folder: Path) -> Iterator[Any]:
+def open_engine(config: ExtractionConfig, folder: Path) -> Iterator[Any]:
     """Give the Spark session that does the work, or None."""
     if config.engine == "local":
         yield None
@@ -320,7 +321,7 @@ def _process(
     return spark.process(shards, output, session=session, **common)
 
 
-def _fetch(config: ExtractionConfig, session: Any, folder: Path) -> Path:
+def fetch_catalog(config: ExtractionConfig, session: Any, folder: Path) -> Path:
     """Bring a table of the session's catalog here, as a file that the table reader reads."""
     from clinical_nlp.extraction.engines.spark import fetch_table
     from clinical_nlp.notes.readers.table import OPTIONAL, REQUIRED
@@ -363,7 +364,7 @@ def summary_of(output: Path) -> Extraction:
     )
 
 
-def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, int], reused: int) -> Extraction:
+def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, Any], reused: int) -> Extraction:
     import pyarrow.dataset as ds
 
     table = ds.dataset(output / "notes", format="parquet").to_table(columns=["outcome", "reason"])
