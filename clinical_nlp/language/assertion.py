@@ -90,8 +90,11 @@ _NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cu
 _STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGNORECASE)
 _OR = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 _CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
-_OPENERS = frozenset(("no", "denies", "without"))  # a model's span may begin with its own negation
+_OPENERS = frozenset(
+    "no denies without old prior previous remote resolved possible probable suspected presumed questionable likely".split()
+)  # an annotator's or model's span may begin with its own cue
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
+_TIMED = re.compile(r"in (?:19|20)\d\d|(?:\w+ ){1,3}(?:years?|yrs?|months?|decades?) ago", re.IGNORECASE)
 _AGO = frozenset(("ago", "back"))
 _SENTENCE_STARTS = frozenset((".", ";", ":", "]", "-", "(", "•", "*"))
 _ANCHOR = "^"  # a phrase that counts only where a sentence or an item begins
@@ -295,7 +298,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                 if not opens:
                     continue
             following = words[last] if last < count else "."
-            closes = at > 0 and words[at - 1] not in _CLAUSE_STARTS
+            closes = at > 0 and (words[at - 1] not in _CLAUSE_STARTS or following == ".")
             closes = closes and (following in _CLAUSE_ENDS or words[last - 1] in _AGO)
             twofold = len({rule.direction for rule in rules if rule.kind == "cue"}) > 1
             for rule in rules:
@@ -373,7 +376,8 @@ def _decide(
                 between = text[end : cue.start]
                 headed = rule.axis != "presence" and ":" in between  # `anemia: scan to be done`
                 # `gout, cramps with walking`: what brings one item on says nothing about the item before.
-                other = rule.value == "conditional" and "," in between.rstrip(" ,")
+                timed = rule.axis == "temporality" and (cue.start > 0 and _TIMED.match(text, cue.start) is not None)
+                other = (timed or rule.value == "conditional") and "," in between.rstrip(" ,")
                 if not headed and not other and _reaches(text, end, cue.start, rule.scope, ""):
                     after[rule.axis] = cue
             elif rule.value != _PLAIN[rule.axis]:
@@ -387,6 +391,13 @@ def _decide(
             winner = _stronger(text, forward, backward, start, end)
         if winner is not None:
             chosen[axis] = (winner.rule.value, winner.start, winner.end)
+    # A risk is not doubted as well (`there could be a risk of`), and what is denied has no condition.
+    presence, modality = chosen.get("presence"), chosen.get("modality")
+    if presence is not None and modality is not None:
+        if presence[0] == "uncertain" and modality[0] in ("hypothetical", "generic"):
+            del chosen["presence"]
+        elif presence[0] == "absent" and modality[0] == "conditional":
+            del chosen["modality"]
     times = chosen.get("temporality")
     if times is not None and any(
         axis != "temporality" and start <= times[1] and times[2] <= end and (start, end) != times[1:]
@@ -435,9 +446,12 @@ def _lead(text: str, sentences: Sequence[tuple[int, int]], at: int, section: Sec
             for cue in cues:
                 if cue.rule.kind == "end":
                     kept.pop(cue.rule.axis, None)
-                elif cue.rule.kind == "cue" and cue.rule.direction != "backward":
-                    if _reaches(text, cue.end, end, cue.rule.scope, ""):
-                        kept[cue.rule.axis] = cue
+                elif (
+                    cue.rule.kind == "cue"
+                    and cue.rule.direction != "backward"
+                    and _reaches(text, cue.end, end, cue.rule.scope, "")
+                ):
+                    kept[cue.rule.axis] = cue
             return list(kept.values())
         if not _BULLET.match(text, start):
             return []

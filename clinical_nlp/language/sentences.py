@@ -18,7 +18,8 @@ _ABBREVIATIONS = _words("abbreviation")  # end a sentence only before a capital
 _TITLES = _words("title")  # never end one
 _JOINERS = _words("joiner")  # no line of a list ends with one
 _STOP = re.compile(
-    r"(?<=[ \t])\.(?=\s)|(?<=[ \t])\?(?=\s+\[)|(?<=\S)[.!?]+[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|;(?=\s)|(?<=[a-z]{3})\.(?=[A-Z][a-z]+\s)"
+    r"(?<=[ \t])\.(?=\s)|(?<=[ \t])\?(?=\s+\[)"  # tokenised text; a question before `[patient]`
+    r"|(?<=\S)[.!?]+[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|;(?=\s)|(?<=[a-z]{3})\.(?=[A-Z][a-z]+\s)"
 )
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
 _ITEM = re.compile(r"(?:(?<=[\s:;,.])|^)\(?(\d{1,2})[.)](?=\s+\S)")

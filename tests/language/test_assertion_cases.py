@@ -31,7 +31,7 @@ CASES = [json.loads(line)["text"] for line in (Path(__file__).parent / "assertio
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 150
+    assert len(CASES) >= 300
     assert len(set(CASES)) == len(CASES)
 
 
