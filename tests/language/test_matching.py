@@ -48,7 +48,7 @@ def test_surface_forms(matcher, text, covered, label):
         "as soon as possible",
         "a pda was used",  # an abbreviation in the wrong case
         "LFTs were sent",
-        "fever.\n\nbreath short",
+        "fever.\n\nShortness of\n\nbreath sounds clear",
         "weakness. Muscle bulk normal",
         "",
         "...",

@@ -15,7 +15,10 @@ __all__ = ["Concept", "Match", "Matcher", "Name", "Terminology", "load_terminolo
 
 
 def load_terminology(name_or_path: str | Path) -> Terminology:
-    """Load `hpo`, `icd10cm`, or a file ending in .obo, .json or .csv. A terminology is loaded once a process.
+    """Load `hpo`, `hpo_wide`, `icd10cm`, or a file ending in .obo, .json or .csv, once a process.
+
+    `hpo_wide` is HPO with modes of inheritance, ages of onset and phenotypic variability looked for as well, as the
+    literature is annotated; `hpo` looks for the phenotypic abnormalities of a patient alone.
 
     Raises
     ------
@@ -26,11 +29,13 @@ def load_terminology(name_or_path: str | Path) -> Terminology:
     name = str(name_or_path)
     if name == "hpo":
         return _load(hpo.bundled_path(), None, "hpo")
+    if name == "hpo_wide":
+        return hpo.widened(load_terminology("hpo"))
     if name == "icd10cm":
         return _load(icd10cm.bundled_path(), None, "icd10cm")
     path = Path(name).expanduser()
     if path.suffix.lower() not in (".obo", ".json", ".csv", ".xml"):
-        msg = f"terminology {name!r} is not known; use hpo, icd10cm, or a file ending in .obo, .json or .csv"
+        msg = f"terminology {name!r} is not known; use hpo, hpo_wide, icd10cm, or a file ending in .obo, .json or .csv"
         raise UsageError(msg)
     if not path.is_file():
         msg = f"terminology file {path} does not exist"

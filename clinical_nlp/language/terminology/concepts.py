@@ -40,6 +40,7 @@ class Terminology:
     retired : obsolete and alternative ids, each with the id that replaces it, or None where none does.
     roots : only these concepts' descendants (and not they themselves) are looked for in notes; empty means all.
     unmatched : ids that are valid and never looked for in notes.
+    matched : ids that are looked for wherever they stand.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Terminology:
     retired: Mapping[str, str | None] = field(default_factory=dict, repr=False)
     roots: tuple[str, ...] = ()
     unmatched: frozenset[str] = field(default=frozenset(), repr=False)
+    matched: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __contains__(self, concept_id: object) -> bool:
         return concept_id in self.concepts
@@ -65,7 +67,7 @@ class Terminology:
     def matchable(self) -> frozenset[str]:
         """Ids that may be found in a note."""
         wanted = self.concepts.keys() if not self.roots else set().union(*(self.descendants(r) for r in self.roots))
-        return frozenset(wanted) - self.unmatched
+        return (frozenset(wanted) | self.matched) - self.unmatched
 
     @cached_property
     def _children(self) -> dict[str, list[str]]:

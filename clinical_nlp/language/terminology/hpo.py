@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from clinical_nlp.errors import InputError, MissingDataError
@@ -13,6 +14,8 @@ from clinical_nlp.language.terminology.concepts import Concept, Name, Terminolog
 
 ROOT = "HP:0000118"
 """Phenotypic abnormality: modifiers, inheritance, frequency, clinical course and past history stand outside it."""
+
+INHERITANCE, ONSET, VARIABILITY = "HP:0000005", "HP:0003674", "HP:0003812"
 
 _SYNONYM = re.compile(r'synonym: "((?:[^"\\]|\\.)*)" (EXACT|NARROW|BROAD|RELATED)(?: (\S+))? \[')
 
@@ -107,6 +110,13 @@ def read_obographs(path: Path, *, name: str | None = None) -> Terminology:
         msg = f"{path} is not an OBO Graphs file; name hp.obo or hp.json as released by HPO"
         raise InputError(msg) from None
     return _checked(path, data, name, version, concepts, retired)
+
+
+def widened(terminology: Terminology) -> Terminology:
+    """Return the same release with inheritance, onset and variability among what is looked for."""
+    extra = {i for i in (VARIABILITY, *terminology.descendants(VARIABILITY)) if i in terminology}
+    roots = tuple(i for i in (ROOT, INHERITANCE, ONSET) if i in terminology)
+    return replace(terminology, roots=roots, matched=frozenset(extra))
 
 
 def _curie(iri: str) -> str:

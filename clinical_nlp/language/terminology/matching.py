@@ -8,29 +8,39 @@ or when only free words (`of the`) stand between them. The longest hit wins.
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 from clinical_nlp.errors import UsageError
-from clinical_nlp.language.terminology.concepts import SCOPES, Name, Terminology
-from clinical_nlp.language.terminology.normalization import FREE, WEAK, heavy, light, same_single
+from clinical_nlp.language.terminology.abbreviations import Sense, chosen, definitions, occurrences
+from clinical_nlp.language.terminology.concepts import Terminology
+from clinical_nlp.language.terminology.coordination import coordinated
+from clinical_nlp.language.terminology.index import (
+    ADJACENT,
+    CONJUNCTION,
+    COPULA,
+    FREE_WORD,
+    HARD,
+    LIST,
+    MAX_WORDS,
+    PASSED,
+    WEAK_WORD,
+    Index,
+)
+from clinical_nlp.language.terminology.normalization import FREE, WEAK, light, root, same_single
+from clinical_nlp.language.terminology.spelling import LAST, SHORTEST, mended
 
 _FOLDER = Path(__file__).parent
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s]|\n")
 _WORD = re.compile(r"[^\W_]+")
-_OPTIONAL = re.compile(r"\s*[\(\[][^)\]]*[\)\]]")
-_JOINED = re.compile(r"[,/&+]| (?:and|or|nor) ", re.IGNORECASE)
-_ABNORMAL = re.compile(r"(?:abnormal(?:ity)?|anomaly) (?:of )?(?:the )?(.+?)(?: morphology)?$", re.IGNORECASE)
-_ADJACENT, _FREE, _WEAK, _CONJUNCTION, _HARD = range(5)
-_MAX_WORDS = 9
 _MEMO_LIMIT = 200_000
-_WEIGHT = dict(zip(SCOPES, (1.0, 0.95, 0.85, 0.75, 0.7), strict=True))
+_NEWLINE = -1
+_COPULAS = ("is", "are", "was", "were")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +53,25 @@ class Match:
     score: float
 
 
-class _Entry(NamedTuple):
-    """All names with one bag of words: the concept by word order, and the one to take for any other order."""
-
-    words: tuple[int, ...]
-    orders: dict[tuple[int, ...], tuple[str, float]]
-    default: tuple[str, float]
-    joined: frozenset[tuple[int, ...]]  # the orders of names that hold a conjunction or comma themselves
+_Word = tuple[int, int, int, int | None, bool]
+"""Number, start and end in the token, what it names when it stands alone, and whether a phrase may skip it."""
+_Piece = tuple[int, tuple[_Word, ...], list[Sense] | None]
+"""What a token means: the gap that it leaves, its words of the vocabulary, and what it may be short for."""
 
 
-class _Word(NamedTuple):
-    """A word of the vocabulary at [start, end) of a token, and what it names when it stands alone."""
+class Reading(NamedTuple):
+    """The text as the matcher sees it: one item a vocabulary word, and the abbreviations apart.
 
-    number: int
-    start: int
-    end: int
-    single: tuple[str, float] | None
-
-
-class _Piece(NamedTuple):
-    """What a token of the text means: a gap after it, and words of the vocabulary in it."""
-
-    gap: int
-    words: tuple[_Word, ...] = ()
-    abbreviation: tuple[str, float] | None = None
-
-
-class _Reading(NamedTuple):
-    """The text as the matcher sees it: one item a vocabulary word, and the abbreviations apart."""
+    `gaps[k]` says what stands between words k - 1 and k; `passed` holds the words that an inserted phrase may skip.
+    """
 
     ids: list[int]
-    singles: list[tuple[str, float] | None]
+    singles: list[int | None]
     starts: list[int]
     ends: list[int]
     gaps: list[int]
-    short: list[tuple[int, int, str, float]]
+    passed: list[int]
+    short: list[tuple[int, int, list[Sense]]]
 
 
 class Matcher:
@@ -96,42 +90,52 @@ class Matcher:
     def __init__(self, terminology: Terminology, *, within: Iterable[str] = ()) -> None:
         self.terminology = terminology
         within = tuple(within)
-        for root in within:
-            if root not in terminology:
-                msg = f"within: {root!r} is not a current id of {terminology.name} {terminology.version}".strip()
+        for root_id in within:
+            if root_id not in terminology:
+                msg = f"within: {root_id!r} is not a current id of {terminology.name} {terminology.version}".strip()
                 raise UsageError(msg)
         self.ids = frozenset().union(*map(terminology.descendants, within)) if within else terminology.matchable
         self._memo: dict[str, _Piece] = {}
-        self._build()
+        self._index = Index.build(terminology, self.ids)
+        self._passed = frozenset(row["form"] for row in _rows("modifiers.csv"))
 
-    def match(self, text: str) -> list[Match]:
+    def match(self, text: str, *, nested: bool = False) -> list[Match]:
         """Return matches sorted by place. They do not overlap, except where a coordination shares a word.
 
         Offsets are code points of `text`; the covered text is never empty and starts and ends with a word.
+
+        Parameters
+        ----------
+        text : the note, unchanged.
+        nested : also return what is found inside a longer match (`hearing loss` in `conductive hearing loss`).
         """
-        ids, singles, starts, ends, gaps, short = self._read(text)
-        found = self._windows(ids, singles, gaps)
-        if not found and not short:
+        index = self._index
+        reading = self._read(text)
+        ids, starts, ends = reading.ids, reading.starts, reading.ends
+        found = self._windows(reading)
+        if not found and not reading.short:
             return []
         taken = bytearray(len(ids))
         matches: list[Match] = []
         kept: list[tuple[int, int]] = []
-        for size, first, concept_id, score in sorted(found, key=lambda f: (-f[0], f[1], f[2])):
-            last = first + size
-            if any(taken[first:last]):
+        for size, first, last, code, factor in sorted(found, key=lambda f: (-f[0], f[2] - f[1], f[1], f[3])):
+            inside = any(taken[first:last])
+            if inside and not nested:
                 continue
-            taken[first:last] = b"\1" * size
-            if text[starts[first] : ends[last - 1]].lower() in self._guarded:
+            taken[first:last] = b"\1" * (last - first)
+            if index.guarded(text, starts[first], ends[last - 1]) or (
+                size > 1 and _unfinished(index, text, starts[last - 1], ends[last - 1])
+            ):
                 continue
-            kept.append((first, last))
-            matches.append(Match(starts[first], ends[last - 1], concept_id, score))
-        matches += self._coordinated(kept, ids, starts, ends, gaps)
-        if short:
-            begins = sorted(m.start for m in matches)
-            reach = [0, *accumulate((e for _, e in sorted((m.start, m.end) for m in matches)), max)]
-            for start, end, concept_id, score in short:
-                if reach[bisect_left(begins, end)] <= start and not _shouted(text, start, end):
-                    matches.append(Match(start, end, concept_id, score))
+            if not inside:
+                kept.append((first, last))
+            if size > 1:
+                code = index.literal(text[starts[first] : ends[last - 1]], code)
+            matches.append(self._made(starts[first], ends[last - 1], code, factor))
+        for first, last, code in coordinated(index, reading, kept):
+            if not index.guarded(text, starts[first], ends[last]):
+                matches.append(self._made(starts[first], ends[last], code, 0.8))
+        matches += self._abbreviated(text, reading, matches)
         return sorted(set(matches), key=lambda m: (m.start, -m.end, m.concept_id))
 
     def exact(self, text: str) -> str | None:
@@ -141,250 +145,217 @@ class Matcher:
                 return match.concept_id
         return None
 
+    def _number(self, phrase: str) -> int | None:
+        concept_id = self.exact(phrase)
+        return None if concept_id is None else self._index.codes[concept_id]
+
+    def _made(self, start: int, end: int, code: int, factor: float) -> Match:
+        concept_id, weight = self._index.concept(code)
+        return Match(start, end, concept_id, weight if factor == 1.0 else round(weight * factor, 4))
+
+    def _abbreviated(self, text: str, reading: Reading, matches: list[Match]) -> list[Match]:
+        codes = self._index.codes
+        written_out = [(m.start, m.end, codes[m.concept_id]) for m in matches]
+        defined = definitions(text, written_out, self._number) if "(" in text else {}
+        if not reading.short and not defined:
+            return []
+        begins = sorted(m.start for m in matches)
+        reach = [0, *accumulate((e for _, e in sorted((m.start, m.end) for m in matches)), max)]
+        written = {codes[m.concept_id] for m in matches}
+        found: list[Match] = []
+        for start, end, senses in reading.short:
+            form = text[start:end]
+            if form in defined or form[:-1] in defined:
+                continue
+            if reach[bisect_left(begins, end)] <= start and not _shouted(text, start, end):
+                code = chosen(text, start, end, senses, written)
+                if code is not None:
+                    found.append(self._made(start, end, code, 1.0))
+        for form, number in defined.items():
+            if number is None:
+                continue
+            for start, end in occurrences(text, form):
+                if reach[bisect_left(begins, end)] <= start:
+                    found.append(Match(start, end, self._index.ids[number], 0.9))
+        return found
+
     # Reading the text
 
-    def _read(self, text: str) -> _Reading:
+    def _read(self, text: str) -> Reading:
         ids: list[int] = []
-        singles: list[tuple[str, float] | None] = []
+        singles: list[int | None] = []
         starts: list[int] = []
         ends: list[int] = []
         gaps: list[int] = []
-        short: list[tuple[int, int, str, float]] = []
+        passed: list[int] = []
+        short: list[tuple[int, int, list[Sense]]] = []
         memo = self._memo
         if len(memo) > _MEMO_LIMIT:
             memo.clear()
-        gap = _HARD
+        gap = HARD
         newline_at = -2
         for token in _TOKEN.finditer(text):
             surface = token.group()
             piece = memo.get(surface)
             if piece is None:
                 piece = memo[surface] = self._piece(surface)
-            if piece.abbreviation is not None:
-                short.append((token.start(), token.end(), *piece.abbreviation))
-            if not piece.words:
-                if surface == "\n":
+            after, words, senses = piece
+            if senses is not None:
+                short.append((*token.span(), senses))
+            if not words:
+                if after < 0:
                     at = token.start()
                     if newline_at >= 0 and not text[newline_at:at].strip():
-                        gap = _HARD
+                        gap = HARD
+                    elif gap < COPULA and not text[at + 1 : at + 2].islower():
+                        gap = COPULA
                     newline_at = at
-                if piece.gap > gap:
-                    gap = piece.gap
+                elif after > gap:
+                    gap = after
                 continue
             base = token.start()
-            for number, start, end, single in piece.words:
+            for number, start, end, single, skippable in words:
+                if skippable:
+                    passed.append(len(ids))
                 ids.append(number)
                 singles.append(single)
                 starts.append(base + start)
                 ends.append(base + end)
                 gaps.append(gap)
-                gap = _ADJACENT
-            if piece.gap:
-                gap = piece.gap
-        return _Reading(ids, singles, starts, ends, gaps, short)
+                gap = ADJACENT
+            gap = after
+        return Reading(ids, singles, starts, ends, gaps, passed, short)
 
     def _piece(self, surface: str) -> _Piece:
         if not surface[0].isalnum():
+            if surface == "\n":
+                return _NEWLINE, (), None
             if surface in "\"'`“”‘’*_":
-                return _Piece(_ADJACENT)
-            if surface in "/&+":
-                return _Piece(_CONJUNCTION)
-            return _Piece(_CONJUNCTION if surface == "," else _WEAK if surface == "\n" else _HARD)
-        short = self._abbreviations.get(surface)
-        if short is None and len(surface) > 3 and surface.endswith("s"):
-            short = self._abbreviations.get(surface[:-1])
+                return ADJACENT, (), None
+            return CONJUNCTION if surface in "/&+" else LIST if surface == "," else HARD, (), None
+        abbreviations = self._index.abbreviations
+        senses = abbreviations.get(surface)
+        if senses is None and len(surface) > 3 and surface.endswith("s"):
+            senses = abbreviations.get(surface[:-1])
         lower = surface.lower()
         if lower in FREE and surface != "A":
-            return _Piece(_FREE, (), short)
+            return FREE_WORD, (), senses
         if lower in WEAK:
-            return _Piece(_CONJUNCTION if lower in ("and", "or", "nor") else _WEAK, (), short)
+            gap = COPULA if lower in _COPULAS else CONJUNCTION if lower in ("and", "or", "nor") else WEAK_WORD
+            return gap, (), senses
         if not surface.isalnum() and (whole := self._word("".join(_WORD.findall(surface)), 0, len(surface))):
-            return _Piece(_ADJACENT, (whole,), short)
+            return ADJACENT, (whole,), senses
+        if lower.startswith(("non-", "non‐", "non‑")):
+            return HARD, (), senses
         words: list[_Word] = []
         for part in _WORD.finditer(surface):
             if words and part.group().lower() in FREE | WEAK | {"s"}:
                 continue
             word = self._word(part.group(), part.start(), part.end())
             if word is None:
-                return _Piece(_HARD, tuple(words), short)
+                return PASSED if lower in self._passed else HARD, tuple(words), senses
             words.append(word)
-        return _Piece(_ADJACENT if words else _HARD, tuple(words), short)
+        return ADJACENT if words else HARD, tuple(words), senses
 
     def _word(self, surface: str, start: int, end: int) -> _Word | None:
-        number = self._vocabulary.get("a" if surface == "A" else heavy(surface))
+        form = light(surface)
+        number = self._index.vocabulary.get("a" if surface == "A" else root(surface))
+        if number is None and len(form) >= SHORTEST and form[-2:] in LAST and form.isalpha():
+            form = mended(form, self._index.long_words) or form
+            number = self._index.vocabulary.get(root(form))
         if number is None:
             return None
-        form = light(surface)
-        for name, concept_id, weight in self._singles.get(number, ()):
+        passed = surface.lower() in self._passed
+        for name, code in self._index.singles.get(number, ()):
             if same_single(name, form):
-                return _Word(number, start, end, (concept_id, weight))
-        return _Word(number, start, end, None)
+                return number, start, end, code, passed
+        return number, start, end, None, passed
 
     # Looking up windows
 
-    def _windows(
-        self, ids: list[int], singles: list[tuple[str, float] | None], gaps: list[int]
-    ) -> list[tuple[int, int, str, float]]:
-        """Return every hit as (number of words, first word, concept, score)."""
-        found = []
-        values, partners, index = self._values, self._partners, self._index
+    def _windows(self, reading: Reading) -> list[tuple[int, int, int, int, float]]:
+        """Return every hit as (number of words, first word, word after the last, concept code, factor of the score)."""
+        found: list[tuple[int, int, int, int, float]] = []
+        ids, gaps = reading.ids, reading.gaps
+        index = self._index
+        values, partners, bags = index.values, index.partners, index.bags
         n = len(ids)
-        for first in range(n):
-            word = ids[first]
-            single = singles[first]
+        for first, single in enumerate(reading.singles):
             if single is not None:
-                found.append((1, first, *single))
+                found.append((1, first, first + 1, single, 1.0))
+            word = ids[first]
             others = partners[word]
             if not others:
                 continue
             total = values[word]
             worst = free = 0
             last = first + 1
-            stop = min(n, first + _MAX_WORDS)
+            stop = min(n, first + MAX_WORDS)
             while last < stop:
                 gap = gaps[last]
                 word = ids[last]
-                if gap == _HARD or word not in others:
+                if gap == HARD or word not in others:
                     break
                 if gap > worst:
                     worst = gap
-                if gap == _FREE:
+                if gap == FREE_WORD:
                     free = 1
                 total += values[word]
                 last += 1
-                entry = index.get(total)
-                if entry is not None:
-                    hit = _accept(entry, tuple(ids[first:last]), worst, free)
+                default = bags.get(total)
+                if default is not None:
+                    hit = index.accept(ids[first:last], default, worst, free)
                     if hit is not None:
-                        found.append((last - first, first, *hit))
+                        found.append((last - first, first, last, *hit))
+        if reading.passed:
+            self._past(reading, found)
         return found
 
-    def _coordinated(
-        self, kept: list[tuple[int, int]], ids: list[int], starts: list[int], ends: list[int], gaps: list[int]
-    ) -> Iterator[Match]:
-        """`hypoplastic and absent nails`, `short hands and feet`: a kept match lends its head or its modifier."""
-        index, values = self._index, self._values
-        taken = {k for first, last in kept for k in range(first, last)}
-        for first, last in kept:
-            if last - first < 2:
-                continue
-            if first > 0 and gaps[first] == _CONJUNCTION and first - 1 not in taken:
-                for head in range(first + 1, last):  # modifier before the conjunction, head inside the match
-                    words = (ids[first - 1], *ids[head:last])
-                    entry = index.get(sum(values[w] for w in words))
-                    if entry is not None and (hit := entry.orders.get(words)):
-                        yield Match(starts[first - 1], ends[last - 1], hit[0], round(hit[1] * 0.8, 4))
+    def _past(self, reading: Reading, found: list[tuple[int, int, int, int, float]]) -> None:
+        """Add hits around words that only say how much, how long or on which side: `pain in the left hip`."""
+        ids, gaps, passed = reading.ids, reading.gaps, set(reading.passed)
+        index = self._index
+        values, partners, bags = index.values, index.partners, index.bags
+        n = len(ids)
+        begun: set[int] = set()
+        for position in reading.passed:
+            for first in range(max(0, position - 3), position):
+                if first in passed or first in begun:
+                    continue
+                begun.add(first)
+                words = [ids[first]]
+                others = partners[ids[first]]
+                if not others:
+                    continue
+                total = values[ids[first]]
+                worst = free = 0
+                skipped = False
+                for last in range(first + 1, min(n, first + MAX_WORDS)):
+                    gap, word = gaps[last], ids[last]
+                    if gap >= WEAK_WORD:
                         break
-            if last < len(ids) and gaps[last] == _CONJUNCTION and last not in taken:
-                for modifier in range(last - 1, first, -1):  # modifier inside the match, head after the conjunction
-                    words = (*ids[first:modifier], ids[last])
-                    entry = index.get(sum(values[w] for w in words))
-                    if entry is not None and (hit := entry.orders.get(words)):
-                        yield Match(starts[first], ends[last], hit[0], round(hit[1] * 0.8, 4))
+                    free |= gap == FREE_WORD
+                    worst = max(worst, gap)
+                    if last in passed:
+                        skipped = True
+                        continue
+                    if word not in others:
                         break
-
-    # Building
-
-    def _build(self) -> None:
-        terminology = self.terminology
-        self._guarded = frozenset(row["form"].lower() for row in _rows("guards.csv"))
-        names: list[tuple[str, Name]] = []
-        for concept_id in terminology.ids:
-            if concept_id in self.ids:
-                names += [(concept_id, name) for name in terminology.names(concept_id)]
-        if terminology.name == "hpo":
-            for row in _rows("additions_hpo.csv"):
-                concept_id = terminology.resolve(row["concept_id"]) or ""
-                if concept_id in self.ids:
-                    names.append((concept_id, Name(row["name"], "exact", row["kind"] == "abbreviation")))
-        names += [extra for concept_id, name in names for extra in _general(concept_id, name)]
-        self._abbreviations: dict[str, tuple[str, float]] = {}
-        stems: dict[str, int] = {}
-        bags: dict[tuple[str, ...], list[tuple[tuple[str, ...], str, float, str, bool]]] = {}
-        for concept_id, name in sorted(names, key=lambda n: (SCOPES.index(n[1].scope), n[0], n[1].text)):
-            text = name.text
-            if text.lower() in self._guarded:
-                continue
-            if _is_abbreviation(name):
-                if text.isalnum():
-                    self._abbreviations.setdefault(text, (concept_id, _WEIGHT[name.scope]))
-                continue
-            variants = dict.fromkeys((text, _OPTIONAL.sub("", text)))
-            for variant in variants:
-                for words, only in _name_words(variant):
-                    if words and len(words) <= _MAX_WORDS and any(len(word) > 1 for word in words):
-                        joined = _JOINED.search(variant) is not None
-                        reading = (words, concept_id, _WEIGHT[name.scope], only, joined)
-                        bags.setdefault(tuple(sorted(words)), []).append(reading)
-        for bag in bags:
-            for word in bag:
-                stems.setdefault(word, 0)
-        self._vocabulary = {word: number for number, word in enumerate(sorted(stems))}
-        self._values = [
-            int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") >> 2
-            for word in self._vocabulary
-        ]
-        partners: list[set[int]] = [set() for _ in self._vocabulary]
-        self._index: dict[int, _Entry] = {}
-        self._singles: dict[int, list[tuple[str, str, float]]] = {}
-        for bag, readings in bags.items():
-            numbers = tuple(sorted(self._vocabulary[word] for word in bag))
-            orders: dict[tuple[int, ...], tuple[str, float]] = {}
-            joined_orders: set[tuple[int, ...]] = set()
-            for words, concept_id, weight, _, joined in readings:
-                order = tuple(self._vocabulary[word] for word in words)
-                orders.setdefault(order, (concept_id, weight))
-                if joined:
-                    joined_orders.add(order)
-            default = (readings[0][1], readings[0][2])
-            if len(numbers) == 1:
-                self._singles[numbers[0]] = [(only, concept_id, weight) for _, concept_id, weight, only, _ in readings]
-                continue
-            for position, number in enumerate(numbers):
-                partners[number].update(numbers[:position] + numbers[position + 1 :])
-            self._index[sum(self._values[number] for number in numbers)] = _Entry(
-                numbers, orders, default, frozenset(joined_orders)
-            )
-        self._partners = [frozenset(others) for others in partners]
+                    words.append(word)
+                    total += values[word]
+                    default = bags.get(total)
+                    goes_on = last + 1 < n and gaps[last + 1] == ADJACENT and last + 1 not in passed
+                    if skipped and default is not None and not goes_on:
+                        hit = index.accept(words, default, worst, free)
+                        if hit is not None:
+                            found.append((len(words), first, last + 1, hit[0], hit[1] * 0.9))
 
 
-def _accept(entry: _Entry, words: tuple[int, ...], worst: int, free: int) -> tuple[str, float] | None:
-    hit = entry.orders.get(words)
-    if hit is not None:  # `blood and urine` is not blood in urine
-        return hit if worst != _CONJUNCTION or words in entry.joined else None
-    # Another order: within one phrase, and joined by a preposition or with the modifier put last.
-    if worst >= _WEAK:
-        return None
-    if not free:
-        if len(words) == 2:
-            return None
-        turned = (words[k:] + words[:k] for k in range(1, len(words)))
-        hit = next((entry.orders[order] for order in turned if order in entry.orders), None)
-        return (hit[0], round(hit[1] * 0.9, 4)) if hit else None
-    if tuple(sorted(words)) != entry.words:
-        return None
-    return entry.default[0], round(entry.default[1] * 0.9, 4)
-
-
-def _general(concept_id: str, name: Name) -> Iterator[tuple[str, Name]]:
-    """`Abnormality of the ear` is also written `ear anomaly`, `ear malformation`, `malformed ears`."""
-    found = _ABNORMAL.match(name.text)
-    if found and name.scope in ("label", "exact"):
-        for head in ("abnormality", "malformation", "defect"):
-            yield concept_id, Name(f"{found[1]} {head}", "broad")
-
-
-def _name_words(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the content stems of a name, and its light form where that is one word; a hyphenated name also joined."""
-    spellings = [text] if "-" not in text else [text, re.sub(r"(?<=\w)-(?=\w)", "", text)]
-    for spelling in spellings:
-        parts = [p for p in _WORD.findall(spelling) if p == "A" or p.lower() not in FREE | WEAK | {"s"}]
-        yield tuple("a" if p == "A" else heavy(p) for p in parts), light(parts[0]) if len(parts) == 1 else ""
-
-
-def _is_abbreviation(name: Name) -> bool:
-    text = name.text
-    return " " not in text and (name.abbreviation or (len(text) <= 5 and sum(c.isupper() for c in text) >= 2))
+def _unfinished(index: Index, text: str, start: int, end: int) -> bool:
+    """Whether a phrase breaks off at an adjective that no name ends with: `absence of retinal` before `pigment`."""
+    if text[end : end + 1] != " " or not text[end + 1 : end + 2].isalpha():
+        return False
+    return text.endswith(("al", "ar", "ic"), start, end) and light(text[start:end]) not in index.last_words
 
 
 def _shouted(text: str, start: int, end: int) -> bool:

@@ -1,7 +1,8 @@
 """Word forms: what counts as the same word in a note and in a terminology.
 
-`light` undoes case, plural and British spelling; `heavy` also undoes derivation (`dilated`, `dilatation`). Both are
-pure functions of one word; irregular words are listed in `variants.csv`.
+`light` undoes case, plural and British spelling; `heavy` also undoes derivation (`dilated`, `dilatation`); `root` also
+puts words that say the same inside a longer name together (`renal`, `kidney`; `fifth`, `V`). All are pure functions of
+one word; irregular words are listed in `variants.csv`, words of one meaning in `equivalents.csv`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ _ENDINGS: tuple[tuple[str, str, int], ...] = (
 )
 
 
+_INNER = ("al", "ar", "ate", "e", "ial", "ic", "ion", "ive", "ment", "ous", "y")
+"""Endings that may stand before another one."""
+
+
 def _table(name: str) -> dict[str, str]:
     with (_FOLDER / name).open(encoding="utf-8", newline="") as file:
         return {row["form"]: row["canonical"] for row in csv.DictReader(file)}
@@ -126,7 +131,9 @@ def light(word: str) -> str:
             word = word.replace("isation", "ization").replace("ising", "izing").replace("ised", "ized")
             if word.endswith(("our", "ours")):
                 word = word.replace("our", "or")
-        if word.endswith("ies") and size > 5:
+        if word.endswith("mata") and size > 6:
+            word = word[:-2]
+        elif word.endswith("ies") and size > 5:
             word = word[:-3] + "y"
         elif word.endswith(("xes", "shes", "ches", "sses", "zes")) and not word.endswith("aches"):
             word = word[:-2]
@@ -140,16 +147,47 @@ def light(word: str) -> str:
 @lru_cache(maxsize=65_536)
 def heavy(word: str) -> str:
     """Return the stem of `word` with derivational endings taken off; equal stems count as the same word."""
-    word = light(word)
+    return _stripped(light(word))
+
+
+def _stripped(word: str) -> str:
     if len(word) < 5 or not word.isalpha() or word in _canonical():
         return word
     for ending, replacement, remain in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= remain:
+            if ending == "y" and word[-2] in "aeou":  # delay, delayed
+                break
             word = word[: len(word) - len(ending)] + replacement
             break
     if len(word) > 4 and word[-1] == word[-2] and word[-1] not in "aeiou":
         word = word[:-1]
     return word
+
+
+@lru_cache(maxsize=1)
+def _equivalents() -> dict[str, str]:
+    table = {}
+    for form, canonical in _table("equivalents.csv").items():
+        table[light(form)] = _stem(light(canonical))
+        if not form.endswith(("al", "ar")):  # `plant` is not plantar
+            table[_stem(light(form))] = _stem(light(canonical))
+    return table
+
+
+def _stem(word: str) -> str:
+    """Take endings off until none is left: `developmentally`, `develop`."""
+    stem = _stripped(word)
+    while len(stem) > 6 and stem.endswith(_INNER) and (shorter := _stripped(stem)) != stem:
+        stem = shorter
+    return stem
+
+
+@lru_cache(maxsize=65_536)
+def root(word: str) -> str:
+    """Return what `word` counts as inside a name of two words or more."""
+    word = light(word)
+    known = _equivalents()
+    return known.get(word) or known.get(stem := _stem(word), stem)
 
 
 def same_single(name: str, word: str) -> bool:
@@ -160,6 +198,6 @@ def same_single(name: str, word: str) -> bool:
     """
     if name == word:
         return True
-    if len(heavy(word)) < 4:
+    if len(heavy(word)) < 4 or heavy(word) != heavy(name):
         return False
     return word.endswith(("ic", "tous", "ous", "rrheal")) or (word.endswith("ed") and name.endswith("ion"))

@@ -1,0 +1,245 @@
+"""The names of a terminology, kept for looking up windows of words."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from clinical_nlp.language.terminology.abbreviations import Sense, read_senses
+from clinical_nlp.language.terminology.concepts import SCOPES, Name, Terminology
+from clinical_nlp.language.terminology.normalization import FREE, WEAK, light, root
+from clinical_nlp.language.terminology.spelling import FIELD
+from clinical_nlp.language.terminology.variation import variations
+
+_FOLDER = Path(__file__).parent
+_WORD = re.compile(r"[^\W_]+")
+_OPTIONAL = re.compile(r"\s*[\(\[][^)\]]*[\)\]]")
+_JOINED = re.compile(r"[,/&+]| (?:and|or|nor|with|by|from|for|as|plus) ", re.IGNORECASE)
+_WEIGHTS = (1.0, 0.95, 0.85, 0.75, 0.7, 0.7)
+_VARIED = len(SCOPES)
+_NO_CODE = -1
+_Order = tuple[tuple[str, ...], str, bool, bool]
+"""The words of a name, its light form where it is one word, whether it holds a conjunction, and a fixed order."""
+_MASK = 2**62 - 1
+
+ADJACENT, PASSED, FREE_WORD, COPULA, WEAK_WORD, LIST, CONJUNCTION, HARD = range(8)
+"""What stands between two words, from nothing to something that no name spans; a copula counts like a new line."""
+
+MAX_WORDS = 9
+_NEGATIONS = ("no", "not", "without", "never", "non", "normal")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Flat tables, so that forked workers share them.
+
+    A concept code is the concept's number in `ids`, the rank of the name, and whether the name holds a conjunction.
+    """
+
+    ids: tuple[str, ...]
+    vocabulary: dict[str, int]
+    values: list[int]
+    partners: list[frozenset[int]]
+    bags: dict[int, int]
+    orders: dict[int, int]
+    literals: dict[str, int]
+    attributes: frozenset[int]
+    negations: frozenset[int]
+    last_words: frozenset[str]
+    long_words: frozenset[str]
+    singles: dict[int, list[tuple[str, int]]]
+    abbreviations: dict[str, list[Sense]]
+    guards: dict[str, tuple[str, ...]]
+
+    @cached_property
+    def codes(self) -> dict[str, int]:
+        """The number of each concept."""
+        return {concept_id: number for number, concept_id in enumerate(self.ids)}
+
+    def concept(self, code: int) -> tuple[str, float]:
+        """Return the concept id and the weight of the name that a code stands for."""
+        return self.ids[code >> 4], _WEIGHTS[code >> 1 & 7]
+
+    def ordered(self, words: Sequence[int]) -> int | None:
+        """Return the code of the name with exactly these words in this order."""
+        return self.orders.get(_order([self.values[word] for word in words]))
+
+    def accept(self, words: Sequence[int], default: int, worst: int, free: int) -> tuple[int, float] | None:
+        """Return the code and factor of a window whose words are those of a name, or None where they do not say it."""
+        code = self.ordered(words)
+        if code is not None:  # `blood and urine` is not blood in urine
+            return (code, 1.0) if worst <= COPULA or code & 1 else None
+        # Another order: within one phrase, and joined by a preposition or with the modifier put last.
+        if worst > COPULA:
+            return None
+        if free and worst < COPULA:
+            return (default, 0.9) if default != _NO_CODE else None
+        if len(words) == 2 and words[0] not in self.attributes and words[1] not in self.attributes:
+            return None
+        for k in range(1, len(words)):
+            code = self.ordered([*words[k:], *words[:k]])
+            if code is not None:
+                return code, 0.9
+        return None
+
+    def literal(self, text: str, code: int) -> int:
+        """Return the concept that has `text` as its own name, where several have the same words, or `code`."""
+        return self.literals.get(_spelled(text), code)
+
+    def guarded(self, text: str, start: int, end: int) -> bool:
+        """Whether what stands at [start, end) is a form that names something else, there or everywhere."""
+        near = self.guards.get(text[start:end].lower())
+        if near is None:
+            return False
+        around = f"{text[max(0, start - 40) : start]} {text[end : end + 40]}".lower()
+        return not near or any(word in around for word in near)
+
+    @classmethod
+    def build(cls, terminology: Terminology, ids: Iterable[str]) -> Index:
+        """Index the names of `ids`, those that follow from them, and for HPO those of `additions_hpo.csv`."""
+        numbered = tuple(sorted(ids))
+        number_of = {concept_id: number for number, concept_id in enumerate(numbered)}
+        guards = {row["form"].lower(): tuple(filter(None, row["near"].split("|"))) for row in _rows("guards.csv")}
+        names = [(i, name, SCOPES.index(name.scope)) for i in numbered for name in terminology.names(i)]
+        if terminology.name == "hpo":
+            for row in _rows("additions_hpo.csv"):
+                concept_id = terminology.resolve(row["concept_id"]) or ""
+                if concept_id in number_of:
+                    names.append((concept_id, Name(row["name"], "exact", row["kind"] == "abbreviation"), 1))
+        fixed: set[tuple[str, str]] = set()
+        for concept_id, name, is_fixed in variations(terminology, numbered):
+            names.append((concept_id, name, _VARIED))
+            if is_fixed:
+                fixed.add((concept_id, name.text))
+        names += [(i, turned, _VARIED) for i, name, _ in names if (turned := _turned(name)) is not None]
+        code_of = {concept_id: number << 4 | 1 << 1 for concept_id, number in number_of.items()}
+        abbreviations = read_senses(terminology, code_of) if terminology.name == "hpo" else {}
+        contextual = frozenset(abbreviations)
+        bags: dict[tuple[str, ...], dict[_Order, int]] = {}
+        labels: dict[tuple[str, ...], int] = {}
+        spelled = {(i, _spelled(name.text)) for i, name, rank in names if rank <= 1}
+        literals: dict[tuple[str, ...], dict[str, int]] = {}
+        last_words: set[str] = set()
+        long_words: set[str] = set()
+        for concept_id, name, rank in sorted(names, key=lambda n: (n[2], n[0], n[1].text)):
+            text = name.text
+            if guards.get(text.lower()) == ():
+                continue
+            code = number_of[concept_id] << 4 | rank << 1
+            if _is_abbreviation(name):
+                if text.isalnum() and text not in contextual:
+                    abbreviations.setdefault(text, [Sense(code, declared=True)])
+                continue
+            for variant in dict.fromkeys((text, _OPTIONAL.sub("", text))):
+                for words, only in _name_words(variant):
+                    if words and len(words) <= MAX_WORDS and any(len(word) > 1 for word in words):
+                        bag, joined = tuple(sorted(words)), _JOINED.search(variant) is not None
+                        if rank == 0:
+                            labels.setdefault(bag, code)
+                        elif rank == 1 and bag in labels and (numbered[labels[bag] >> 4], _spelled(text)) in spelled:
+                            code = labels[bag] | rank << 1  # two concepts have the name: the label decides
+                        if rank < _VARIED:
+                            literals.setdefault(bag, {}).setdefault(_spelled(variant), code)
+                        bags.setdefault(bag, {}).setdefault((words, only, joined, (concept_id, text) in fixed), code)
+                long_words.update(w for p in _WORD.findall(variant) if (w := light(p)).endswith(FIELD) and w.isalpha())
+                if rank < _VARIED and (ending := _WORD.findall(variant)):
+                    last_words.add(light(ending[-1]))
+        attributes = {root(row["form"]) for row in _rows("attributes.csv")}
+        told_apart = {
+            spelled: code
+            for forms in literals.values()
+            if len({code >> 4 for code in forms.values()}) > 1
+            for spelled, code in forms.items()
+        }
+        return cls._packed(numbered, bags, told_apart, attributes, last_words, long_words, abbreviations, guards)
+
+    @classmethod
+    def _packed(
+        cls,
+        ids: tuple[str, ...],
+        bags: dict[tuple[str, ...], dict[_Order, int]],
+        literals: dict[str, int],
+        attributes: set[str],
+        last_words: set[str],
+        long_words: set[str],
+        abbreviations: dict[str, list[Sense]],
+        guards: dict[str, tuple[str, ...]],
+    ) -> Index:
+        vocabulary = {word: number for number, word in enumerate(sorted({word for bag in bags for word in bag}))}
+        values = [
+            int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") >> 2 for word in vocabulary
+        ]
+        partners: list[set[int]] = [set() for _ in vocabulary]
+        sums: dict[int, int] = {}
+        orders: dict[int, int] = {}
+        singles: dict[int, list[tuple[str, int]]] = {}
+        for bag, readings in bags.items():
+            numbers = tuple(sorted(vocabulary[word] for word in bag))
+            if len(numbers) == 1:
+                singles[numbers[0]] = [(only, code) for (_, only, *_), code in readings.items()]
+                continue
+            for position, number in enumerate(numbers):
+                partners[number].update(numbers[:position] + numbers[position + 1 :])
+            any_order = (code for (*_, order_fixed), code in readings.items() if not order_fixed)
+            sums[sum(values[number] for number in numbers)] = next(any_order, _NO_CODE)
+            for (words, _, joined, _), code in readings.items():
+                key = _order([values[vocabulary[word]] for word in words])
+                orders[key] = orders.get(key, code) | joined
+        return cls(
+            ids,
+            vocabulary,
+            values,
+            [frozenset(others) for others in partners],
+            sums,
+            orders,
+            literals,
+            frozenset(vocabulary[word] for word in attributes if word in vocabulary),
+            frozenset(vocabulary[word] for word in _NEGATIONS if word in vocabulary),
+            frozenset(last_words),
+            frozenset(long_words),
+            singles,
+            abbreviations,
+            guards,
+        )
+
+
+def _spelled(text: str) -> str:
+    return " ".join(light(word) for word in _WORD.findall(text))
+
+
+def _turned(name: Name) -> Name | None:
+    """Return `cochlear hypoplasia` for `hypoplasia of the cochlea`."""
+    head, of, part = name.text.partition(" of ")
+    if not of or not part or " or " in name.text or " and " in name.text or "," in name.text:
+        return None
+    return Name(f"{part.removeprefix('the ')} {head}", name.scope)
+
+
+def _order(values: Iterable[int]) -> int:
+    key = 0
+    for value in values:
+        key = (key * 1_000_003 ^ value) & _MASK
+    return key
+
+
+def _name_words(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the content roots of a name, and its light form where that is one word; a hyphenated name also joined."""
+    spellings = [text] if "-" not in text else [text, re.sub(r"(?<=\w)-(?=\w)", "", text)]
+    for spelling in spellings:
+        parts = [p for p in _WORD.findall(spelling) if p == "A" or (p != "s" and p.lower() not in FREE | WEAK)]
+        yield tuple("a" if p == "A" else root(p) for p in parts), light(parts[0]) if len(parts) == 1 else ""
+
+
+def _is_abbreviation(name: Name) -> bool:
+    text = name.text
+    return " " not in text and (name.abbreviation or (len(text) <= 5 and sum(c.isupper() for c in text) >= 2))
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    with (_FOLDER / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
