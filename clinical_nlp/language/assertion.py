@@ -91,8 +91,10 @@ _STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGN
 _OR = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 _CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
 _OPENERS = frozenset(
-    "no denies without old prior previous remote resolved possible probable suspected presumed questionable likely".split()
-)  # an annotator's or model's span may begin with its own cue
+    ("no", "denies", "without", "old", "prior", "previous", "remote", "resolved", "possible", "probable", "suspected",
+     "presumed", "questionable", "likely")
+)  # fmt: skip
+"""A span of an annotator or a model may begin with its own cue."""
 _CLAUSE_STARTS = frozenset((".", ",", ";", ":", "(", "-", "and", "but"))
 _TIMED = re.compile(r"in (?:19|20)\d\d|(?:\w+ ){1,3}(?:years?|yrs?|months?|decades?) ago", re.IGNORECASE)
 _AGO = frozenset(("ago", "back"))

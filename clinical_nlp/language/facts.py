@@ -449,6 +449,8 @@ def _concepts(text: str, tokens: list[_Token], skipped: list[bool]) -> list[_Con
         if (match.end - match.start, first) not in ends:
             # `absent pulmonary` or `bleeding or skin` may be the edges of two statements.
             joined = _JOINED.search(text, match.start, match.end) is not None or tokens[first].text in _DENIALS
+            # `swelling in both legs` is leg swelling that has a side, which is a fact beside the concept's name.
+            joined = joined or _SIDED.search(text, match.start + 1, match.end) is not None
             found.append((match.start - match.end, 2 if joined else 1, first, "finding", match.concept_id))
     concepts: list[_Concept] = []
     taken = bytearray(len(tokens))
@@ -478,6 +480,7 @@ def _named(text: str) -> str | None:
 
 
 _JOINED = re.compile(r"[,;]|\b(?:and|or|nor)\b", re.IGNORECASE)
+_SIDED = re.compile(r"\b(?:in|of|on) (?:the )?(?:both|left|right)\b", re.IGNORECASE)
 
 
 def _look_up(
