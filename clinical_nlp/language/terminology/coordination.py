@@ -18,37 +18,42 @@ _LONGEST = 3
 """Words of a name that one conjunct may bring along."""
 
 
-def coordinated(index: Index, reading: Reading, kept: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first word, last word, concept code) of names that borrow words across a conjunction.
+def coordinated(
+    index: Index, reading: Reading, kept: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int, int | None]]:
+    """Yield (first word, last word, concept code, word that no longer stands alone or None) of such names.
 
     A conjunct may borrow the end of a later one (`renal, cardiac and skeletal anomalies`) or the beginning of an
     earlier one (`dysgenesis of the corpus callosum and vermis`), where only single words stand between the two. What
     is borrowed must complete a name in that name's own order; a word of a longer match is not taken out of it, and what
-    names a concept by itself needs no beginning.
+    names a concept by itself takes a beginning only across one `and` or `or` (`joint pain and swelling`).
     """
-    chains = _chains(reading)
-    if not chains:
-        return
     owner = {word: span for span in kept for word in range(*span)}
-    for chain in chains:
+    for chain in _chains(reading, owner):
         single = [stop - start == 1 for start, stop in chain]
         for number, (start, stop) in enumerate(chain):
             for other in range(number + 1, len(chain)):
                 if (hit := _with_end(index, reading, owner, start, stop, *chain[other])) is not None:
-                    yield hit
+                    yield *hit, None
                     break
                 if not single[other]:
                     break
+            held = owner.get(start)
+            if held is not None and (held[1] - held[0] > 1 or len(chain) > 2 or reading.gaps[start] < CONJUNCTION):
+                continue
             for other in range(number - 1, -1, -1):
-                if (hit := _with_beginning(index, reading, owner, *chain[other], start, stop)) is not None:
-                    yield hit
+                if (hit := _with_beginning(index, reading, *chain[other], start, stop)) is not None:
+                    yield *hit, start if held is not None else None
                     break
                 if not single[other]:
                     break
 
 
-def _chains(reading: Reading) -> list[list[tuple[int, int]]]:
-    """Return runs of conjuncts, each as [start, stop) of words; at least one gap of a run is more than a comma."""
+def _chains(reading: Reading, owner: Mapping[int, tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return runs of conjuncts, each as [start, stop) of words; at least one gap of a run is more than a comma.
+
+    Two adjectives may do with a comma: `short, broad thumbs`.
+    """
     gaps, n = reading.gaps, len(reading.ids)
     joints = [k for k in range(1, n) if LIST <= gaps[k] <= CONJUNCTION]
     chains = []
@@ -66,6 +71,10 @@ def _chains(reading: Reading) -> list[list[tuple[int, int]]]:
             while end < n and end - run[-1] < _REACH and gaps[end] < WEAK_WORD:
                 end += 1
             chains.append([*zip([begin, *run], [*run, end], strict=True)])
+        elif len(run) == 1 and joint in owner and owner[joint][0] == joint and owner[joint][1] - joint > 1:
+            begin = joint - 2 if joint > 1 and gaps[joint - 1] == ADJACENT else joint - 1
+            if not any(word in owner for word in range(begin, joint)):
+                chains.append([(begin, joint), (joint, owner[joint][1])])
         run = []
     return chains
 
@@ -101,7 +110,6 @@ def _with_end(
 def _with_beginning(
     index: Index,
     reading: Reading,
-    owner: Mapping[int, tuple[int, int]],
     other: int,
     end: int,
     start: int,
@@ -109,8 +117,6 @@ def _with_beginning(
 ) -> tuple[int, int, int] | None:
     """Complete the first words from `start` with words of the conjunct [other, end), all but its last."""
     ids = reading.ids
-    if start in owner:
-        return None
     phrase = any(reading.gaps[k] == FREE_WORD for k in range(other + 1, end))
     for last in range(min(stop, start + _LONGEST), start, -1):
         if last < stop and reading.gaps[last] == ADJACENT:  # the phrase goes on

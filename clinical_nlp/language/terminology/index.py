@@ -50,6 +50,7 @@ class Index:
     literals: dict[str, int]
     attributes: frozenset[int]
     negations: frozenset[int]
+    numerals: frozenset[int]
     last_words: frozenset[str]
     long_words: frozenset[str]
     singles: dict[int, list[tuple[str, int]]]
@@ -60,6 +61,12 @@ class Index:
     def codes(self) -> dict[str, int]:
         """The number of each concept."""
         return {concept_id: number for number, concept_id in enumerate(self.ids)}
+
+    @cached_property
+    def slashed(self) -> re.Pattern[str] | None:
+        """Where short forms with a slash stand, which are no single words: `N/V`."""
+        forms = sorted((form for form in self.abbreviations if "/" in form), key=lambda form: (-len(form), form))
+        return re.compile(rf"(?<![\w/])(?:{'|'.join(map(re.escape, forms))})(?![\w/])") if forms else None
 
     def concept(self, code: int) -> tuple[str, float]:
         """Return the concept id and the weight of the name that a code stands for."""
@@ -83,6 +90,8 @@ class Index:
             return None
         for k in range(1, len(words)):
             code = self.ordered([*words[k:], *words[:k]])
+            if code is None and words[k] in self.numerals:  # `metacarpal IV`, `4th metacarpal`
+                code = self.ordered([*words[: k - 1], words[k], words[k - 1], *words[k + 1 :]])
             if code is not None:
                 return code, 0.9
         return None
@@ -200,6 +209,7 @@ class Index:
             literals,
             frozenset(vocabulary[word] for word in attributes if word in vocabulary),
             frozenset(vocabulary[word] for word in _NEGATIONS if word in vocabulary),
+            frozenset(number for word, number in vocabulary.items() if word.isdigit()),
             frozenset(last_words),
             frozenset(long_words),
             singles,

@@ -113,7 +113,7 @@ class Matcher:
         reading = self._read(text)
         ids, starts, ends = reading.ids, reading.starts, reading.ends
         found = self._windows(reading)
-        if not found and not reading.short:
+        if not found and not reading.short and "/" not in text:
             return []
         taken = bytearray(len(ids))
         matches: list[Match] = []
@@ -132,8 +132,10 @@ class Matcher:
             if size > 1:
                 code = index.literal(text[starts[first] : ends[last - 1]], code)
             matches.append(self._made(starts[first], ends[last - 1], code, factor))
-        for first, last, code in coordinated(index, reading, kept):
+        for first, last, code, alone in list(coordinated(index, reading, kept)):
             if not index.guarded(text, starts[first], ends[last]):
+                if alone is not None and not nested:
+                    matches = [m for m in matches if (m.start, m.end) != (starts[alone], ends[alone])]
                 matches.append(self._made(starts[first], ends[last], code, 0.8))
         matches += self._abbreviated(text, reading, matches)
         return sorted(set(matches), key=lambda m: (m.start, -m.end, m.concept_id))
@@ -155,15 +157,18 @@ class Matcher:
 
     def _abbreviated(self, text: str, reading: Reading, matches: list[Match]) -> list[Match]:
         codes = self._index.codes
+        short = reading.short
+        if "/" in text and (slashed := self._index.slashed) is not None:
+            short = short + [(*hit.span(), self._index.abbreviations[hit[0]]) for hit in slashed.finditer(text)]
         written_out = [(m.start, m.end, codes[m.concept_id]) for m in matches]
         defined = definitions(text, written_out, self._number) if "(" in text else {}
-        if not reading.short and not defined:
+        if not short and not defined:
             return []
         begins = sorted(m.start for m in matches)
         reach = [0, *accumulate((e for _, e in sorted((m.start, m.end) for m in matches)), max)]
         written = {codes[m.concept_id] for m in matches}
         found: list[Match] = []
-        for start, end, senses in reading.short:
+        for start, end, senses in short:
             form = text[start:end]
             if form in defined or form[:-1] in defined:
                 continue

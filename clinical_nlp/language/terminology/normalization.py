@@ -200,4 +200,6 @@ def same_single(name: str, word: str) -> bool:
         return True
     if len(heavy(word)) < 4 or heavy(word) != heavy(name):
         return False
+    if word.endswith("a") and name.endswith(("on", "um")) and word[:-1] == name[:-2]:  # chalazia
+        return True
     return word.endswith(("ic", "tous", "ous", "rrheal")) or (word.endswith("ed") and name.endswith("ion"))
