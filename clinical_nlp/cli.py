@@ -559,6 +559,50 @@ def extract(words: list[str]) -> int:
     return REJECTED if result.rejected else 0
 
 
+def review(words: list[str]) -> int:
+    """Draw notes for readers from an extraction, and measure it with their corrections."""
+    parser = _Parser(prog="clinical-nlp review", description=review.__doc__)
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="directory of a finished extraction")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--export", type=Path, metavar="DIR", help="new folder for BRAT and Label Studio; holds notes")
+    what.add_argument("--import", type=Path, metavar="DIR", dest="back", help="that folder, with the corrections")
+    drawing = parser.add_argument_group("with --export")
+    drawing.add_argument("--concepts", metavar="ID,ID", default="", help="what is reviewed (default: the commonest)")
+    drawing.add_argument("--n-concepts", type=int, metavar="N", default=20, help="how many of the commonest (20)")
+    drawing.add_argument("--patients", type=int, metavar="N", default=120, help="how many patients at least (120)")
+    drawing.add_argument(
+        "--notes-per-patient", type=int, metavar="N", default=2, help="flagged notes, and unflagged ones, at most (2)"
+    )
+    drawing.add_argument(
+        "--readers", metavar="NAME,NAME", default="reader-1,reader-2", help="who reads (reader-1,reader-2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, or of the resampling (default 0)")
+    judging = parser.add_argument_group("with --import")
+    judging.add_argument("--truth", metavar="READER", help="whose word counts (default: the mean of all readers)")
+    arguments = parser.parse_args(words)
+    from clinical_nlp.extraction.review import export_review, import_review
+
+    if arguments.back is not None:
+        result = import_review(arguments.output, arguments.back, truth=arguments.truth, seed=arguments.seed)
+        print(result)
+        return REJECTED if result.rejected else 0
+    if arguments.truth is not None:
+        raise UsageError("--truth goes with --import (see clinical-nlp review --help)")
+    print(
+        export_review(
+            arguments.output,
+            arguments.export,
+            concepts=[name for name in arguments.concepts.split(",") if name],
+            n_concepts=arguments.n_concepts,
+            n_patients=arguments.patients,
+            notes_per_patient=arguments.notes_per_patient,
+            readers=[name for name in arguments.readers.split(",") if name],
+            seed=arguments.seed,
+        )
+    )
+    return 0
+
+
 def drift(words: list[str]) -> int:
     """Compare institutions, or exports, patient by patient: how far do their notes differ?"""
     from clinical_nlp.recipe import find_recipe
@@ -596,6 +640,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "copy": copy,
     "run": run,
     "extract": extract,
+    "review": review,
     "drift": drift,
     "evaluate": evaluate,
     "report": report,

@@ -10,8 +10,9 @@ path below the source without `.txt`.
 
 A discontinuous span (`Drug 10 15;16 20`) becomes one span from its first start to its last end, with the text
 between, and is counted: most are spans that a line break divided. Offsets are code points into the unchanged text;
-a span whose text is not what the annotation says is rejected. `A Negation T1` sets presence to absent; an `N` line
-with an HPO or ICD-10-CM reference sets that id.
+a span whose text is not what the annotation says is rejected. `A Negation T1` sets presence to absent, and
+`A Presence T1 uncertain` (also Temporality, Modality, Experiencer) that axis to one of its values; an `N` line with an
+HPO or ICD-10-CM reference sets that id.
 """
 
 from __future__ import annotations
@@ -28,8 +29,19 @@ from clinical_nlp.errors import MissingDataError
 from clinical_nlp.notes.readers.files import read_text, walk
 from clinical_nlp.notes.readers.folder import check_institution_from, institution_of, stem
 from clinical_nlp.notes.readers.options import DEFAULT_OPTIONS, Reading, ReadOptions
-from clinical_nlp.notes.schema import SPAN_SCHEMA, Note, Patient, Record, Rejected
+from clinical_nlp.notes.schema import (
+    EXPERIENCER,
+    MODALITY,
+    PRESENCE,
+    SPAN_SCHEMA,
+    TEMPORALITY,
+    Note,
+    Patient,
+    Record,
+    Rejected,
+)
 
+_AXES = {"presence": PRESENCE, "temporality": TEMPORALITY, "modality": MODALITY, "experiencer": EXPERIENCER}
 _BODY = re.compile(r"(\S+) (\d+ \d+(?:;\d+ \d+)*)")
 
 
@@ -158,8 +170,11 @@ def _parse(body: str, text: str, name: str, note_id: str) -> tuple[list[dict[str
 
 def _attribute(span: dict[str, Any], kind: str, parts: list[str]) -> None:
     if kind != "N":
-        if parts[0].lower() in ("negation", "negated"):
+        axis = parts[0].lower()
+        if axis in ("negation", "negated"):
             span["presence"] = "absent"
+        elif parts[2:] and parts[2] in _AXES.get(axis, ()):
+            span[axis] = parts[2]
         return
     reference = parts[2] if len(parts) > 2 else ""
     system, _, code = reference.partition(":")
