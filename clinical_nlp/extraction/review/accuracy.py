@@ -98,7 +98,7 @@ def weighted_accuracy(
     weights = design_weights(notes, by_name)
     patients = sorted({note.patient for note in notes})
     row_of = {patient: row for row, patient in enumerate(patients)}
-    draws, whole = _draws(notes, by_name, row_of, np.random.default_rng(seed))
+    draws = _draws(notes, row_of, np.random.default_rng(seed))
     institutions = sorted({note.institution for note in notes})
     rows = np.array([row_of[note.patient] for note in notes], dtype=np.int64)
     results = []
@@ -113,48 +113,35 @@ def weighted_accuracy(
                 counts = np.zeros((len(patients), 2))
                 np.add.at(counts, rows, (parts[:, [0, column]] * weights[:, None]) * here[:, None])
                 n_notes = int(((parts[:, column] > 0) & here).sum())
-                estimate = _ratio(counts, draws, n_notes, whole=whole)
+                estimate = _ratio(counts, draws, n_notes)
                 results.append(Accuracy(measure, concept, institution, estimate))
     return results
 
 
-def _draws(
-    notes: Sequence[ReadNote], strata: Mapping[str, Stratum], row_of: Mapping[str, int], generator: np.random.Generator
-) -> tuple[np.ndarray, bool]:
-    """Return (resamples, patients) factors of the rescaled bootstrap, and whether every note of all was read."""
+def _draws(notes: Sequence[ReadNote], row_of: Mapping[str, int], generator: np.random.Generator) -> np.ndarray:
+    """Return (resamples, patients) factors of the rescaled bootstrap.
+
+    No correction is made for strata that were read as a whole: the figures are wanted for patients like these.
+    """
     members: dict[str, set[int]] = {}
-    read: dict[tuple[str, bool], dict[str, list[int]]] = {}
     for note in notes:
         members.setdefault(note.stratum, set()).add(row_of[note.patient])
-        of_patient = read.setdefault((note.stratum, note.flagged), {}).setdefault(note.patient, [0, note.of_kind])
-        of_patient[0] += 1
-
-    def is_whole(stratum: Stratum) -> bool:
-        kinds = ((True, stratum.with_flagged), (False, stratum.with_unflagged))
-        found = {flagged: read.get((stratum.name, flagged), {}) for flagged, _ in kinds}
-        return all(
-            len(found[flagged]) == total and all(n_read == of_kind for n_read, of_kind in found[flagged].values())
-            for flagged, total in kinds
-        )
-
     factors = np.ones((_RESAMPLES, len(row_of)))
-    for name, within in sorted(members.items()):
+    for _, within in sorted(members.items()):
         size = len(within)
-        if size > 1 and not is_whole(strata[name]):  # otherwise nothing was left to chance, or nothing can be told
+        if size > 1:  # the spread of a stratum cannot be told from one patient
             drawn = generator.multinomial(size - 1, np.full(size, 1 / size), size=_RESAMPLES)
             factors[:, sorted(within)] = drawn * size / (size - 1)
-    return factors, all(is_whole(stratum) for stratum in strata.values())
+    return factors
 
 
-def _ratio(counts: np.ndarray, draws: np.ndarray, n_notes: int, *, whole: bool) -> Estimate:
+def _ratio(counts: np.ndarray, draws: np.ndarray, n_notes: int) -> Estimate:
     """Estimate the ratio of two weighted sums, given (patients, 2) counts."""
     informative = int((counts[:, 1] > 0).sum())
     top, bottom = counts.sum(axis=0)
     if bottom == 0:
         return Estimate(math.nan, math.nan, math.nan, informative, n_notes, "review", "undefined: nothing to count")
     value = float(top / bottom)
-    if whole:
-        return Estimate(value, value, value, informative, n_notes, "review", "every note was read")
     resampled = draws @ counts
     with np.errstate(all="ignore"):
         ratios = resampled[:, 0] / resampled[:, 1]
