@@ -25,7 +25,7 @@ from clinical_nlp.language.sections import Section, find_sections
 from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.notes.schema import Assertion
 
-_TOKEN = re.compile(r"[^\W\d_]+(?:['’/][^\W\d_]+)*\.?(?<!\.)|\d+(?:[.,]\d+)*|[^\w\s]")
+_TOKEN = re.compile(r"[^\W\d_]+(?:['’/][^\W\d_]+)*|\d+(?:[.,]\d+)*|[^\w\s]")
 _AXES = ("presence", "temporality", "modality", "experiencer")
 _PLAIN = {"presence": "present", "temporality": "current", "modality": "actual", "experiencer": "patient"}
 _STRENGTH = {"absent": 2, "uncertain": 1}
@@ -244,16 +244,11 @@ def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section, header
 
 def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> list[_Cue]:
     """Return the cues of one sentence in order, pseudo cues and cues inside a span taken out."""
-    words: list[str] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    for token in _TOKEN.finditer(text, begin, stop):
-        word = token.group()
-        if word[0].isdecimal():
-            word = _YEAR if len(word) == 4 and word[:2] in ("19", "20") else _NUMBER
-        words.append(word.lower().replace("’", "'"))
-        starts.append(token.start())
-        ends.append(token.end())
+    tokens = list(_TOKEN.finditer(_folded(text[begin:stop])))
+    words = [token.group() for token in tokens]
+    for number in [at for at, word in enumerate(words) if word[0].isdecimal()]:
+        word = words[number]
+        words[number] = _YEAR if len(word) == 4 and word[:2] in ("19", "20") else _NUMBER
     root = _trie()
     anchored = root.get(_ANCHOR, {})
     ordered = sorted(spans)
@@ -262,8 +257,9 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     found: list[_Cue] = []
     count = len(words)
     reached: dict[str, int] = {}
+    covered = 0
     hidden: dict[str, int] = {}
-    for at in range(count):
+    for at in [at for at, word in enumerate(words) if word in root or word in anchored]:
         node = root.get(words[at])
         opening = anchored.get(words[at]) if at == 0 or words[at - 1] in _SENTENCE_STARTS else None
         if node is None and opening is None:
@@ -278,7 +274,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                         longest[key] = (look, rules)
                 branch = branch.get(words[look]) if look < count else None
                 look += 1
-        taken = max(reached.values(), default=0)
+        taken = covered
         for key, (last, rules) in longest.items():
             if last <= reached.get(key, 0):
                 continue
@@ -290,9 +286,10 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                 while found and found[-1].last > at and found[-1].rule.axis == key:
                     found.pop()  # `is not` before `not relieved by`
             reached[key] = last
+            covered = max(covered, last)
             if at < hidden.get(key, 0) and rules[0].kind != "pseudo":
                 continue
-            start, end = starts[at], ends[last - 1]
+            start, end = begin + tokens[at].start(), begin + tokens[last - 1].end()
             place = bisect_right(span_starts, start) - 1
             # A cue inside a span is part of its name, unless a longer span opens with it.
             if place >= 0 and furthest[place] >= end:
@@ -313,6 +310,14 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                 elif not twofold or (rule.direction == "backward") == closes:
                     found.append(_Cue(rule, at, last, start, end))
     return found
+
+
+def _folded(text: str) -> str:
+    """Return `text` in lower case with plain apostrophes, of the same length."""
+    lower = text.lower()
+    if len(lower) != len(text):  # the dotted capital I of Turkish becomes two
+        lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    return lower.replace("’", "'")
 
 
 def _decide(

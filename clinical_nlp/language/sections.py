@@ -43,7 +43,7 @@ _LINE = re.compile(
 )
 _INLINE = re.compile(r"(?<=[.,;:)\]?!\"'] )(?P<name>[A-Z][A-Z0-9&/'() \-]{1,60}?)[ \t]*(?::|[-–](?=[ \t]))|"
                      r"(?<=[.,;]),?(?P<tight>[A-Z][A-Z&/'() \-]{1,60}?)[ \t]*:")  # fmt: skip
-_SOAP = re.compile(r"(?:^|(?<=\n)|(?<=[.,]))[ \t]*(?P<name>[SOAP])[ \t]*[:/](?=[\s,])")
+_SOAP = re.compile(r"(?:^|(?<=\n)|(?<=[.,]))[ \t]*(?P<name>[SOAP]):(?=[\s,])")
 _SOAP_CATEGORIES = {
     "S": "history_of_present_illness",
     "O": "physical_exam",
@@ -128,7 +128,7 @@ def find_sections(text: str) -> list[Section]:
             category = "other" if alone or " " in found[group].strip() else None
         if category and category != _INHERIT and found.start(group) not in lines:
             heads.append((found.start(group), found.start(group), found.end(group), category))
-    soap = list(_SOAP.finditer(text))
+    soap = list(_SOAP.finditer(text)) if "O:" in text or "A:" in text or "P:" in text else []
     if {"O", "A", "P"} & {found["name"] for found in soap} and len({found["name"] for found in soap}) > 1:
         for found in soap:
             place = found.span("name")

@@ -18,11 +18,11 @@ _ABBREVIATIONS = _words("abbreviation")  # end a sentence only before a capital
 _TITLES = _words("title")  # never end one
 _JOINERS = _words("joiner")  # no line of a list ends with one
 _STOP = re.compile(
-    r"(?<=[ \t])\.(?=\s)|(?<=[ \t])\?(?=\s+\[)"  # tokenised text; a question before `[patient]`
-    r"|(?<=\S)[.!?]+[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|;(?=\s)|(?<=[a-z]{3})\.(?=[A-Z][a-z]+\s)"
+    r"[.!?;](?:(?<=;)(?=\s)|(?<!;)[.!?]*[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|(?<=[a-z]{3}\.)(?=[A-Z][a-z]+\s))"
 )
+_ASKED = re.compile(r"\s+\[")  # `any fever ? [patient]`
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
-_ITEM = re.compile(r"(?:(?<=[\s:;,.])|^)\(?(\d{1,2})[.)](?=\s+\S)")
+_ITEM = re.compile(r"(\d{1,2})[.)](?=\s+\S)")
 _HEADER = re.compile(r"[ \t]*[A-Z][A-Za-z0-9/&() \-]{0,45}:")
 
 
@@ -100,17 +100,20 @@ def _items(text: str, start: int, end: int) -> list[tuple[int, int]]:
     places: list[int] = []
     run: list[int] = []
     for found in _ITEM.finditer(text, start, end):
+        before = found.start() - (text[found.start() - 1 : found.start()] == "(")
+        if before > start and text[before - 1] not in " \t\n:;,.":
+            continue
         number = int(found[1])
         if number == len(run) + 1:
-            run.append(found.start())
+            run.append(before)
         elif number == 1:
-            run = [found.start()]
+            run = [before]
         else:
             continue
         if number == 2:
             places += run
-        elif number > 2 or text[start : found.start()].rstrip(" \t,")[-1:] == ":":
-            places.append(found.start())
+        elif number > 2 or text[start:before].rstrip(" \t,")[-1:] == ":":
+            places.append(before)
     cuts = sorted({start, *places})
     return list(zip(cuts, [*cuts[1:], end], strict=True))
 
@@ -123,6 +126,10 @@ def _split_unit(text: str, start: int, end: int, spans: list[tuple[int, int]]) -
             stop += 1
         if stop >= end:
             break
+        # In text that was divided into words a mark stands alone; else it begins something, as in `? pneumonia`.
+        alone = found.start() == start or text[found.start() - 1].isspace()
+        if alone and found[0] != "." and not (found[0] == "?" and _ASKED.match(text, stop)):
+            continue
         if found[0][0] == "." and not _ends(text, cursor, found.start(), stop, end):
             continue
         _append(text, cursor, stop, spans)
