@@ -1,10 +1,14 @@
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinical_nlp.language.terminology import Matcher, load_terminology
+from clinical_nlp.language.terminology.index import Index
 from clinical_nlp.language.terminology.normalization import heavy, light
 
 
@@ -130,3 +134,58 @@ def test_different_words(one, other):
 def test_forms_never_fail(word):
     assert isinstance(heavy(word), str)
     assert heavy(word) == heavy(word)
+
+
+def test_nested_matches_are_an_option(matcher):
+    def labels(**options):
+        return {matcher.terminology.label(m.concept_id) for m in matcher.match("conductive hearing loss", **options)}
+
+    assert labels() == {"Conductive hearing impairment"}
+    assert labels(nested=True) == {"Conductive hearing impairment", "Hearing impairment"}
+
+
+def test_coordination_covers_both_parts(matcher):
+    text = "He has joint pain and swelling."
+    assert {(text[m.start : m.end], matcher.terminology.label(m.concept_id)) for m in matcher.match(text)} == {
+        ("joint pain", "Arthralgia"),
+        ("joint pain and swelling", "Joint swelling"),
+    }
+
+
+def test_a_mask_ends_a_phrase(matcher):
+    assert matcher.match("hearing ___ loss") == []
+    assert [m.end for m in matcher.match("severe hearing\nloss")] == [19]
+
+
+INDEX = """
+import hashlib, resource, time
+from clinical_nlp.language.terminology import load_terminology
+from clinical_nlp.language.terminology.index import Index
+terminology = load_terminology("hpo")
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+index = Index.build(terminology, terminology.matchable)
+print(index.digest, time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_index_is_the_same_every_time_and_small():
+    said = []
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", INDEX],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        said.append(done.stdout.split())
+    assert said[0][0] == said[1][0]
+    assert all(float(seconds) < 20 for _, seconds, _ in said)
+    assert all(float(mebibytes) < 100 for *_, mebibytes in said)
+
+
+def test_index_follows_its_source(matcher):
+    terminology = matcher.terminology
+    few = sorted(terminology.matchable)[:500]
+    assert Index.build(terminology, few).digest == Index.build(terminology, reversed(few)).digest
+    assert Index.build(terminology, few).digest != Index.build(terminology, few[1:]).digest

@@ -214,3 +214,13 @@ def test_icd10cm():
     matcher = Matcher(terminology)
     assert [m.concept_id for m in matcher.match("type 2 diabetes mellitus without complications")] == ["E11.9"]
     assert [m.concept_id for m in matcher.match("typhoid meningitis")] == ["A01.01"]
+
+
+def test_wide_hpo_looks_for_inheritance_onset_and_variability():
+    text = "autosomal dominant inheritance, variable expressivity, infantile onset of seizures"
+    narrow, wide = load_terminology("hpo"), load_terminology("hpo_wide")
+    assert (wide.name, wide.version, wide.digest) == (narrow.name, narrow.version, narrow.digest)
+    assert {narrow.label(m.concept_id) for m in Matcher(narrow).match(text)} == {"Seizure"}
+    found = {wide.label(m.concept_id) for m in Matcher(wide).match(text)}
+    assert found == {"Seizure", "Autosomal dominant inheritance", "Variable expressivity", "Infantile onset"}
+    assert "HP:0003674" not in wide.matchable  # `onset` itself says nothing

@@ -63,6 +63,20 @@ class Index:
         return {concept_id: number for number, concept_id in enumerate(self.ids)}
 
     @cached_property
+    def digest(self) -> str:
+        """sha256 over everything that the index holds, the same in every process."""
+        whole = hashlib.sha256()
+        for value in (self.ids, self.values, self.singles, self.abbreviations, self.guards, self.literals):
+            whole.update(repr(value).encode())
+        for table in (self.vocabulary, self.bags, self.orders):
+            whole.update(repr(sorted(table.items())).encode())
+        for numbers in (*self.partners, self.attributes, self.negations, self.numerals):
+            whole.update(repr(sorted(numbers)).encode())
+        for words in (self.last_words, self.long_words):
+            whole.update(repr(sorted(words)).encode())
+        return whole.hexdigest()
+
+    @cached_property
     def slashed(self) -> re.Pattern[str] | None:
         """Where short forms with a slash stand, which are no single words: `N/V`."""
         forms = sorted((form for form in self.abbreviations if "/" in form), key=lambda form: (-len(form), form))

@@ -36,10 +36,9 @@ from clinical_nlp.language.terminology.normalization import FREE, WEAK, light, r
 from clinical_nlp.language.terminology.spelling import LAST, SHORTEST, mended
 
 _FOLDER = Path(__file__).parent
-_TOKEN = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s]|\n")
+_TOKEN = re.compile(r"([^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s])")
 _WORD = re.compile(r"[^\W_]+")
 _MEMO_LIMIT = 200_000
-_NEWLINE = -1
 _COPULAS = ("is", "are", "was", "were")
 
 
@@ -198,43 +197,41 @@ class Matcher:
         if len(memo) > _MEMO_LIMIT:
             memo.clear()
         gap = HARD
-        newline_at = -2
-        for token in _TOKEN.finditer(text):
-            surface = token.group()
+        at = 0
+        parts = _TOKEN.split(text)  # white space and tokens in turn
+        parts.append("")
+        for k in range(0, len(parts) - 1, 2):
+            space, surface = parts[k], parts[k + 1]
+            if space != " " and space:
+                gap = max(gap, _over(space, surface))
+            start = at + len(space)
+            at = start + len(surface)
             piece = memo.get(surface)
             if piece is None:
                 piece = memo[surface] = self._piece(surface)
             after, words, senses = piece
             if senses is not None:
-                short.append((*token.span(), senses))
+                short.append((start, at, senses))
             if not words:
-                if after < 0:
-                    at = token.start()
-                    if newline_at >= 0 and not text[newline_at:at].strip():
-                        gap = HARD
-                    elif gap < COPULA and not text[at + 1 : at + 2].islower():
-                        gap = COPULA
-                    newline_at = at
-                elif after > gap:
+                if after > gap:
                     gap = after
                 continue
-            base = token.start()
-            for number, start, end, single, skippable in words:
+            for number, begin, end, single, skippable in words:
                 if skippable:
                     passed.append(len(ids))
                 ids.append(number)
                 singles.append(single)
-                starts.append(base + start)
-                ends.append(base + end)
+                starts.append(start + begin)
+                ends.append(start + end)
                 gaps.append(gap)
                 gap = ADJACENT
             gap = after
         return Reading(ids, singles, starts, ends, gaps, passed, short)
 
     def _piece(self, surface: str) -> _Piece:
+        if not surface:
+            return HARD, (), None
         if not surface[0].isalnum():
-            if surface == "\n":
-                return _NEWLINE, (), None
             if surface in "\"'`“”‘’*_":
                 return ADJACENT, (), None
             return CONJUNCTION if surface in "/&+" else LIST if surface == "," else HARD, (), None
@@ -354,6 +351,14 @@ class Matcher:
                         hit = index.accept(words, default, worst, free)
                         if hit is not None:
                             found.append((len(words), first, last + 1, hit[0], hit[1] * 0.9))
+
+
+def _over(space: str, following: str) -> int:
+    """What white space stands for: a blank line or a mask (`___`) ends a phrase, a new line may."""
+    lines = space.count("\n")
+    if lines > 1 or "_" in space:
+        return HARD
+    return COPULA if lines and not following[:1].islower() else ADJACENT
 
 
 def _unfinished(index: Index, text: str, start: int, end: int) -> bool:
