@@ -4,10 +4,30 @@ The method is that of ConText: cue phrases in `cues.csv` act forward or backward
 phrase that ends their scope; longer phrases that only look like cues (pseudo cues) hide the cues inside them. The
 nearest cue in force decides each axis. Sections set defaults.
 
+A row of `cues.csv` is a phrase with its kind (cue, pseudo, end, or a member of a class), axis, value, direction and
+scope in words. Direction `over` is forward and reaches over a verb that would affirm (`nobody in the family has`); an
+end of value `list` ends only an enumeration.
+
+Where annotation guidelines decide a case they are followed:
+
+- A finding that may or may not be there is uncertain, also where it is thought improbable (`unlikely`, `doubt`, `low
+  suspicion for`): i2b2 2010 calls both possible, while NegEx counts `unlikely` as a negation. `Consistent with`
+  affirms.
+- `History of` and a past-history section make a mention historical, as in ConText; a duration (`2-week history of`,
+  `started two years ago`) does not. What has resolved was there: present and historical (i2b2 2010 would say absent).
+- A problem that comes only under a condition is conditional (i2b2 2010: `dyspnea on exertion`); one that is there and
+  gets worse (`worse with walking`) is not. What is denied has no condition.
+- A problem that a drug, a visit, a precaution or a vaccine is for in case it comes is hypothetical (i2b2 2010: `prn
+  anxiety`), and so are risks. What a note teaches about a disease, or a clinic's name, is generic.
+- Relatives by blood are family; a spouse, a donor or a contact is other. An informant (`mother reports`) changes
+  nothing.
+
 References
 ----------
 Harkema et al. 2009, ConText: an algorithm for determining negation, experiencer and temporal status from clinical
 reports, J Biomed Inform 42(5).
+Chapman et al. 2001, A simple algorithm for identifying negated findings (NegEx), J Biomed Inform 34(5).
+Uzuner et al. 2011, 2010 i2b2/VA challenge on concepts, assertions, and relations in clinical text, JAMIA 18(5).
 """
 
 from __future__ import annotations
@@ -69,13 +89,13 @@ _SIGNS = {
 }
 _REPLY = re.compile(
     r"[\s\"”]*(?:\[?[A-Za-z_][A-Za-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:um|uh|well|oh|hmm|mmm|so|and)[,. ]+)*"
-    r"(?:(?P<absent>no(?!te)|nope|nah|never|negative|not (?:really|at all|that|so far|lately|right now)|none"
-    r"|(?:he|she) denies|denies|i (?:don['’]t|haven['’]t|do not|have not))"
-    r"|(?P<present>yes|yeah|yep|yup|mm-?hmm|uh-?huh|i (?:do|have|am)|sometimes|a (?:little|bit)|definitely|occasionally"
-    r"|he (?:does|has)|she (?:does|has)))\b",
+    r"(?:(?P<absent>(?:no|nope|nah|never|negative|none|denie[sd])(?=[ \t]*(?:[,.;!\n]|$)|\s+(?:i|he|she|it|not|none)\b)"
+    r"|not (?:really|at all|that i|so far|lately|right now)\b|i (?:don['’]t|haven['’]t|do not|have not)\b)"
+    r"|(?P<present>(?:yes|yeah|yep|yup|mm-?hmm|uh-?huh)\b|(?:i (?:do|have|am)|s?he (?:does|has))(?=[,. ])"
+    r"|(?:sometimes|a (?:little|bit)|definitely|occasionally)\b))",
     re.IGNORECASE,
 )
-"""The answer to a question, with or without the name of the speaker before it."""
+"""The answer to a question, with or without the name of the speaker before it; `PE? No fever.` holds none."""
 _BOX = re.compile(
     r"(?:(?P<minus>\((?:-|–)\)|\[(?:-| |)\]|(?<!\w)-ve|⊖)|(?P<plus>\(\+\)|\[[xX+✓]\]|(?<!\w)\+ve|(?<![\w+])\+)"
     r"|(?P<query>\(\?\)|\[\?\]))[ \t]*$"
