@@ -88,14 +88,22 @@ _SIGNS = {
     "sign_plus": "present",
 }
 _REPLY = re.compile(
-    r"[\s\"”]*(?:\[?[A-Za-z_][A-Za-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:um|uh|well|oh|hmm|mmm|so|and)[,. ]+)*"
-    r"(?:(?P<absent>(?:no|nope|nah|never|negative|none|denie[sd])(?=[ \t]*(?:[,.;!\n]|$)|\s+(?:i|he|she|it|not|none)\b)"
-    r"|not (?:really|at all|that i|so far|lately|right now)\b|i (?:don['’]t|haven['’]t|do not|have not)\b)"
-    r"|(?P<present>(?:yes|yeah|yep|yup|mm-?hmm|uh-?huh)\b|(?:i (?:do|have|am)|s?he (?:does|has))(?=[,. ])"
+    r"[\s\"”]*(?P<speaker>\[?[a-z_][a-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:um|uh|well|oh|hmm|mmm|so|and)[,. ]+)*"
+    r"(?:(?P<absent>(?:no|nope|nah|never|negative|none|denie[sd])(?=[ \t]*(?:[,.;!\n]|$)|\s+(?:i|s?he|it|not|none|no)\b)"
+    r"|not (?:really|at all|that i|so far|lately|right now)\b"
+    r"|i (?:do(?:n['’]t| n['’]t| not)|have(?:n['’]t| n['’]t| not))(?=[ \t]*(?:[,.;!\n]|$)))"
+    r"|(?P<present>(?:yes|yeah|yep|yup|mm-?hmm|uh-?huh)\b|(?:i (?:do|have|am)|s?he (?:does|has))(?=[ \t]*[,.\n])"
     r"|(?:sometimes|a (?:little|bit)|definitely|occasionally)\b))",
     re.IGNORECASE,
 )
 """The answer to a question, with or without the name of the speaker before it; `PE? No fever.` holds none."""
+_ASKS = re.compile(r"\b(?:any|are you|do you|have you|did you|is there|were there|was there)\b", re.IGNORECASE)
+_OPEN_QUESTION = re.compile(
+    r"(?:\[?[a-z_][a-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:okay|ok|so|and|um|uh|well|all right|alright)[,. ]+)*"
+    r"(?:how (?!about)|what(?!'s? (?:about|if))|when|where|why|which|who)\b",
+    re.IGNORECASE,
+)
+_KNOWN = re.compile(r"\b(?:the|your|that|this|these|those|his|her|my)\s+(?:\w+\s+)?$", re.IGNORECASE)
 _BOX = re.compile(
     r"(?:(?P<minus>\((?:-|–)\)|\[(?:-| |)\]|(?<!\w)-ve|⊖)|(?P<plus>\(\+\)|\[[xX+✓]\]|(?<!\w)\+ve|(?<![\w+])\+)"
     r"|(?P<query>\(\?\)|\[\?\]))[ \t]*$"
@@ -235,11 +243,7 @@ def assert_spans(
                 for cue in carried:
                     if cue.rule.axis not in chosen:
                         chosen[cue.rule.axis] = (cue.rule.value, cue.start, cue.end)
-            said = chosen.get("presence")
-            if text[stop - 1] == "?" and (said is None or said[0] == "present" or said[1:] == (stop - 1, stop)):
-                reply = _REPLY.match(text, stop)
-                if reply is not None and reply.lastgroup:
-                    chosen["presence"] = (reply.lastgroup, reply.start(reply.lastgroup), reply.end(reply.lastgroup))
+            _answered(text, begin, stop, span, chosen)
             if section.category == "allergies" and text[span[0] : span[0] + 6].lower() == "allerg":
                 chosen.setdefault("modality", ("actual", *span))  # the allergy is there, its reactions may come
             header = text[section.header_start : section.header_end]
@@ -248,6 +252,22 @@ def assert_spans(
                 chosen["temporality"] = ("future", section.header_start, section.header_end)
             results[number] = _assertion(chosen, section, header)
     return [result for result in results if result is not None]
+
+
+def _answered(text: str, begin: int, stop: int, span: tuple[int, int], chosen: dict[str, tuple[str, int, int]]) -> None:
+    """Let the reply to a question decide: `Any chest pain? No.`, with speakers or without a question mark."""
+    marked = text[stop - 1] == "?"
+    said = chosen.get("presence")
+    if said is not None and said[0] != "present" and not (marked and said[1:] == (stop - 1, stop)):
+        return
+    if marked and _OPEN_QUESTION.match(text, begin, stop):
+        chosen.pop("presence", None)  # `how long does the pain last?`
+    elif marked or (_ASKS.search(text, begin, span[0]) and text[stop : stop + 1] == "\n"):
+        reply = _REPLY.match(text, stop)
+        known = _KNOWN.search(text, begin, span[0]) is not None  # `is the pain worse? no`
+        if reply is not None and not known and (marked or reply["speaker"]):
+            group = "absent" if reply["absent"] else "present"
+            chosen["presence"] = (group, *reply.span(group))
 
 
 def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section, header: str) -> Assertion:

@@ -20,6 +20,7 @@ _JOINERS = _words("joiner")  # no line of a list ends with one
 _STOP = re.compile(
     r"[.!?;](?:(?<=;)(?=\s)|(?<!;)[.!?]*[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|(?<=[a-z]{3}\.)(?=[A-Z][a-z]+\s))"
 )
+_SPEAKER = re.compile(r"[ \t]*\[[A-Za-z_]{2,20}\][ \t]")
 _ASKED = re.compile(r"\s+\[")  # `any fever ? [patient]`
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
 _ITEM = re.compile(r"(\d{1,2})[.)](?=\s+\S)")
@@ -81,7 +82,7 @@ def _wrapped(text: str, line: tuple[int, int], following: tuple[int, int], size:
     lower = text[following[0] : following[1]]
     if _BULLET.match(lower) or _HEADER.match(lower) or upper[-1] in ".!?:;|" or "\t" in lower.strip() or "|" in lower:
         return False
-    if is_header(lower) or is_header(upper):
+    if _SPEAKER.match(lower) or is_header(lower) or is_header(upper):
         return False
     first = lower.lstrip()
     word = first.split(None, 1)[0]
