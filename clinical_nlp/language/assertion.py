@@ -89,7 +89,8 @@ _SIGNS = {
 }
 _REPLY = re.compile(
     r"[\s\"”]*(?P<speaker>\[?[a-z_][a-z_. ]{0,20}[\]:][ \t:]*)?(?:(?:um|uh|well|oh|hmm|mmm|so|and)[,. ]+)*"
-    r"(?:(?P<absent>(?:no|nope|nah|never|negative|none|denie[sd])(?=[ \t]*(?:[,.;!\n]|$)|\s+(?:i|s?he|it|not|none|no)\b)"
+    r"(?:(?P<absent>(?:no|nope|nah|never|negative|none|denie[sd])"
+    r"(?=[ \t]*(?:[,.;!\n]|$)|\s+(?:i|s?he|it|not|none|no)\b)"
     r"|not (?:really|at all|that i|so far|lately|right now)\b"
     r"|i (?:do(?:n['’]t| n['’]t| not)|have(?:n['’]t| n['’]t| not))(?=[ \t]*(?:[,.;!\n]|$)))"
     r"|(?P<present>(?:yes|yeah|yep|yup|mm-?hmm|uh-?huh)\b|(?:i (?:do|have|am)|s?he (?:does|has))(?=[ \t]*[,.\n])"
@@ -262,9 +263,9 @@ def _answered(text: str, begin: int, stop: int, span: tuple[int, int], chosen: d
         return
     if marked and _OPEN_QUESTION.match(text, begin, stop):
         chosen.pop("presence", None)  # `how long does the pain last?`
-    elif marked or (_ASKS.search(text, begin, span[0]) and text[stop : stop + 1] == "\n"):
+    elif marked or (text[stop : stop + 1] == "\n" and _ASKS.search(text, max(begin, span[0] - 300), span[0])):
         reply = _REPLY.match(text, stop)
-        known = _KNOWN.search(text, begin, span[0]) is not None  # `is the pain worse? no`
+        known = _KNOWN.search(text, max(begin, span[0] - 50), span[0]) is not None  # `is the pain worse? no`
         if reply is not None and not known and (marked or reply["speaker"]):
             group = "absent" if reply["absent"] else "present"
             chosen["presence"] = (group, *reply.span(group))
@@ -374,7 +375,7 @@ def _decide(
             group = found.lastgroup
             # A minus that ends a line is a dash, unless other signs stand before it.
             bare = group == "sign_minus" and text[found.end() : stop].lstrip(" \t")[:1] not in (",", ";")
-            if bare and not _SIGNED.search(text, begin, start):
+            if bare and not _SIGNED.search(text, max(begin, start - 300), start):
                 continue
             value = _SIGNS.get(group, group)
             chosen["presence"] = (value, found.start(group), found.end(group))

@@ -1,4 +1,6 @@
 import csv
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,52 @@ def test_any_text(data):
         assert result.modality in MODALITY
         assert result.experiencer in EXPERIENCER
         assert all(0 <= start <= end <= len(text) for _, start, end in result.cues)
+
+
+@pytest.mark.parametrize(
+    "unit", ["no fever, cough ", "fever? ", "1. fever\n", "any fever\n", "fever -, ", "if fever . "]
+)
+def test_time_is_linear(unit):
+    """A note without end or without punctuation does not make each span cost the whole note."""
+    text = unit * 4000
+    spans = [found.span() for found in re.finditer("fever", text)]
+    started = time.process_time()
+    assert len(assert_spans(text, spans)) == 4000
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("marked", "cue"),
+    [
+        ("[[No]] *fever*.", "absent"),
+        ("*Fever*: [[none]].", "absent"),
+        ("*Fever* was [[ruled out]].", "absent"),
+        ("Patient's [[mother]] had *asthma*.", "family"),
+        ("[[Possible]] *asthma*.", "uncertain"),
+        ("Return [[if]] *fever*.", "hypothetical"),
+        ("*Dyspnea* [[on exertion]].", "conditional"),
+        ("[[FAMILY HISTORY]]: *asthma*", "family"),
+        ("Any *fever*? [[No]].", "absent"),
+    ],
+)
+def test_cue_is_where_it_says(marked, cue):
+    """`[[...]]` is the evidence within the cue that is returned, `*...*` the span."""
+    plain = re.sub(r"\[\[|\]\]|\*", "", marked)
+    evidence = re.search(r"\[\[(.*?)\]\]", marked)[1]
+    word = re.search(r"\*(.*?)\*", marked)[1]
+    start = plain.index(word)
+    ((value, first, last),) = assert_spans(plain, [(start, start + len(word))])[0].cues
+    assert value == cue
+    assert evidence in plain[first:last]
+
+
+def test_plan_makes_procedures_future_and_leaves_problems():
+    text = "PLAN:\n1. Colonoscopy.\n2. Hypertension, continue lisinopril.\nPROCEDURES:\nColonoscopy."
+    spans = [found.span() for found in re.finditer("Colonoscopy|Hypertension", text)]
+    assert [a.temporality for a in assert_spans(text, spans)] == ["future", "current", "current"]
+
+
+def test_problem_list_is_not_past():
+    text = "PROBLEM LIST:\n1. Gout\nPAST MEDICAL HISTORY:\n1. Gout"
+    spans = [found.span() for found in re.finditer("Gout", text)]
+    assert [a.temporality for a in assert_spans(text, spans)] == ["current", "historical"]
