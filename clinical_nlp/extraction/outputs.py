@@ -189,10 +189,13 @@ def _mentions(
         for index, record in enumerate(records):
             name = f"part-{index:06d}.parquet"
             path = output / STAGE / "mentions" / name
-            rows = pq.read_table(path).to_pylist()
+            rows = pq.read_table(path)
+            copied: list[str | None] = [None] * len(rows)
             while copy is not None and copy["filename"] == str(path):
-                rows[copy["place"]]["copied_from"] = copy["copied_from"]
+                copied[copy["place"]] = copy["copied_from"]
                 copy = next(copies, None)
+            place = rows.schema.get_field_index("copied_from")
+            rows = rows.set_column(place, rows.schema.field(place), pa.array(copied, pa.string()))
             note_rows = pq.read_table(
                 output / "notes" / name,
                 columns=["institution", "note_id", "patient_id"],
@@ -217,8 +220,7 @@ def _mentions(
                 nlp_date=config.processed_on,
             )
             written[f"note_nlp/{name}"] = write_table(output / "note_nlp" / name, table)
-            mentions = pa.Table.from_pylist(rows, schema=MENTION_SCHEMA)
-            written[f"mentions/{name}"] = write_table(output / "mentions" / name, mentions)
+            written[f"mentions/{name}"] = write_table(output / "mentions" / name, rows.select(MENTION_SCHEMA.names))
             n_done, n_mentions = n_done + record["done"], n_mentions + record["mentions"]
     connection.close()
     os.replace(scratch / "note_id_map.parquet", id_map)
@@ -405,9 +407,8 @@ class _Patients:
             created=created,
             created_by=SYSTEM,
         )
-        temporary = path.with_name(f".{self.counts['phenopackets']}.tmp")
-        temporary.write_bytes(to_json(packet))
-        os.replace(temporary, path)
+        # Not atomic: until ledger/outputs.json says that all are written, the folder is made anew.
+        path.write_bytes(to_json(packet))
 
 
 def _feature(row: Mapping[str, Any]) -> Feature:

@@ -6,6 +6,7 @@ import bisect
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from clinical_nlp.extraction.plan import Shard
 from clinical_nlp.notes.schema import Note, Skipped
 from clinical_nlp.notes.writers.note_nlp import snippet
 from clinical_nlp.notes.writers.table import MENTION_SCHEMA, write_table
-from clinical_nlp.runs import file_digest, write_json
+from clinical_nlp.runs import file_digest
 
 NOTES_SCHEMA = pa.schema(
     [
@@ -275,8 +276,20 @@ def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> d
             "mentions": len(mentions),
             "files": files,
         }
-        write_json(ledger_file(output, shard.index), entry)
+        _enter(ledger_file(output, shard.index), entry)
     return entry
+
+
+def _enter(path: Path, entry: Mapping[str, Any]) -> None:
+    """Write a ledger record by a rename, without waiting for the disk.
+
+    The files that it names are on disk already. What a power cut takes of the ledger, whole or in part, is a shard
+    that is done once more; that a process ends takes nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 def ledger_file(output: Path, index: int) -> Path:

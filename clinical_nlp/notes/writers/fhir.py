@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time
+from functools import lru_cache
 from typing import Any
 
 from clinical_nlp.notes.writers.phenopacket import Feature
@@ -22,6 +23,7 @@ SYSTEMS = {"hpo": "http://human-phenotype-ontology.org", "icd10cm": "http://hl7.
 
 _VERIFICATION = "http://terminology.hl7.org/CodeSystem/condition-ver-status"
 _ANSWERS = {False: ("LA9633-4", "Present"), True: ("LA9634-2", "Absent")}
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _ID = re.compile(r"[A-Za-z0-9.-]{1,64}")
 _REFERENCE = re.compile(r"(DocumentReference|DiagnosticReport)/[A-Za-z0-9.-]{1,64}")
 
@@ -54,7 +56,7 @@ class FhirWriter:
         scope : the institution whose id that is; empty where ids are the same everywhere.
         feature : with its evidence.
         """
-        key = json.dumps([scope, patient_id, feature.concept_id], ensure_ascii=False)
+        key = _ENCODER.encode([scope, patient_id, feature.concept_id])
         own_id = hashlib.sha256(key.encode("utf-8")).hexdigest()[:32]
         code = {
             "coding": [{**self._coding, "code": feature.concept_id, "display": feature.label}],
@@ -149,9 +151,10 @@ def _identifier(value: str, scope: str) -> dict[str, Any]:
 
 def to_line(resource: dict[str, Any]) -> str:
     """Render a resource as one line of NDJSON; the same resource gives the same line."""
-    return json.dumps(resource, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return _ENCODER.encode(resource) + "\n"
 
 
+@lru_cache(maxsize=65536)
 def _instant(value: datetime) -> str:
     fraction = "milliseconds" if value.microsecond else "seconds"
     return value.astimezone(UTC).isoformat(timespec=fraction).replace("+00:00", "Z")

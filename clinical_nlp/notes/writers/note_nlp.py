@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clinical_nlp.errors import InputError, MissingDataError
 
@@ -75,7 +76,7 @@ def read_vocabulary(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def note_nlp_table(
-    mentions: Iterable[Mapping[str, Any]],
+    mentions: pa.Table | Iterable[Mapping[str, Any]],
     *,
     note_ids: Mapping[tuple[str, str], int],
     first_id: int,
@@ -87,7 +88,7 @@ def note_nlp_table(
 
     Parameters
     ----------
-    mentions : rows of `MENTION_SCHEMA`, each with a `snippet`.
+    mentions : a table of `MENTION_SCHEMA` with the column `snippet`, or its rows.
     note_ids : (institution, note_id) -> the integer id of the note.
     first_id : `note_nlp_id` of the first row; the others follow one by one.
     nlp_system : name and version.
@@ -103,35 +104,55 @@ def note_nlp_table(
     falls on the safe side and `term_modifiers` says which of the two it was.
     """
     vocabulary = vocabulary or {}
-    rows = []
-    for number, mention in enumerate(mentions, start=first_id):
-        written: datetime | None = mention["written_at"]
-        concept, source_concept = vocabulary.get(mention["concept_id"] or "", (0, 0))
-        exists = (
-            mention["presence"] == "present"
-            and mention["experiencer"] == "patient"
-            and mention["modality"] == "actual"
-            and mention["temporality"] != "future"
-        )
-        rows.append(
-            {
-                "note_nlp_id": number,
-                "note_id": note_ids[mention["institution"], mention["note_id"]],
-                "section_concept_id": 0,
-                "snippet": mention["snippet"][:_SNIPPET],
-                "offset": str(mention["start"]),
-                "lexical_variant": mention["text"][:250],
-                "note_nlp_concept_id": concept,
-                "note_nlp_source_concept_id": source_concept,
-                "nlp_system": nlp_system[:250],
-                "nlp_date": nlp_date or (written.astimezone(UTC).date() if written else _UNDATED),
-                "nlp_datetime": None,
-                "term_exists": "Y" if exists else "N",
-                "term_temporal": _TEMPORAL[mention["temporality"]],
-                "term_modifiers": _modifiers(mention)[:2000],
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=NOTE_NLP_SCHEMA)
+    table = mentions if isinstance(mentions, pa.Table) else _table(mentions)
+    said = list(zip(*(table[name].to_pylist() for name in _SAID), strict=True))
+    rendered = {values: _rendered(dict(zip(_SAID, values, strict=True))) for values in set(said)}
+    concepts = [vocabulary.get(concept or "", (0, 0)) for concept in table["concept_id"].to_pylist()]
+    ids = zip(table["institution"].to_pylist(), table["note_id"].to_pylist(), strict=True)
+    dates = table["written_at"].cast(pa.date32()).fill_null(_UNDATED)
+    n_rows = len(table)
+    columns = {
+        "note_nlp_id": range(first_id, first_id + n_rows),
+        "note_id": [note_ids[key] for key in ids],
+        "section_concept_id": [0] * n_rows,
+        "snippet": pc.utf8_slice_codeunits(table["snippet"], 0, _SNIPPET),
+        "offset": table["start"].cast(pa.string()),
+        "lexical_variant": pc.utf8_slice_codeunits(table["text"], 0, 250),
+        "note_nlp_concept_id": [concept for concept, _ in concepts],
+        "note_nlp_source_concept_id": [source for _, source in concepts],
+        "nlp_system": [nlp_system[:250]] * n_rows,
+        "nlp_date": dates if nlp_date is None else [nlp_date] * n_rows,
+        "nlp_datetime": [None] * n_rows,
+        "term_exists": [rendered[values][0] for values in said],
+        "term_temporal": [rendered[values][1] for values in said],
+        "term_modifiers": [rendered[values][2] for values in said],
+    }
+    arrays = [
+        column.combine_chunks() if isinstance(column, pa.ChunkedArray) else pa.array(column, field.type)
+        for field, column in zip(NOTE_NLP_SCHEMA, columns.values(), strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=NOTE_NLP_SCHEMA)
+
+
+_SAID = ("presence", "temporality", "modality", "experiencer", "section", "concept_id")
+_READ = (*_SAID, "institution", "note_id", "written_at", "snippet", "start", "text")
+
+
+def _table(mentions: Iterable[Mapping[str, Any]]) -> pa.Table:
+    kinds: dict[str, pa.DataType] = {"written_at": pa.timestamp("us", tz="UTC"), "start": pa.int64()}
+    schema = pa.schema([pa.field(name, kinds.get(name, pa.string())) for name in _READ])
+    return pa.Table.from_pylist([{name: mention[name] for name in _READ} for mention in mentions], schema=schema)
+
+
+def _rendered(mention: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return term_exists, term_temporal and term_modifiers of what a mention says."""
+    exists = (
+        mention["presence"] == "present"
+        and mention["experiencer"] == "patient"
+        and mention["modality"] == "actual"
+        and mention["temporality"] != "future"
+    )
+    return "Y" if exists else "N", _TEMPORAL[mention["temporality"]], _modifiers(mention)[:2000]
 
 
 def _modifiers(mention: Mapping[str, Any]) -> str:
