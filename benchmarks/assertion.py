@@ -161,10 +161,10 @@ def accuracy(
 
 
 def _row(estimate: Any) -> dict[str, Any]:
-    """An estimate as numbers that JSON has; no interval is null."""
+    """An estimate as numbers that JSON has; what is not defined, or has no valid interval, is null."""
     ends = {name: None if np.isnan(number := getattr(estimate, name)) else round(number, 4) for name in ("low", "high")}
     return {
-        "value": round(estimate.value, 4),
+        "value": None if np.isnan(estimate.value) else round(estimate.value, 4),
         **ends,
         "n_patients": estimate.n_patients,
         "n_notes": estimate.n_notes,
@@ -239,7 +239,7 @@ def main() -> None:
         for system in ("clinical_nlp", "medspacy"):
             if system in result.get(name, {}):
                 scores = result[name][system]
-                line = ", ".join(f"{v} {row['value']:.3f} (n {row['n_spans']})" for v, row in scores["f1"].items())
+                line = ", ".join(f"{v} {row['value']} (n {row['n_spans']})" for v, row in scores["f1"].items())
                 sys.stdout.write(f"{name} {system}: {line}; {scores['notes_per_second']} notes/s\n")
 
 

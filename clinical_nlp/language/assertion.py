@@ -67,6 +67,11 @@ _PROCEDURE = re.compile(
 )
 """What is done and not had: under a plan it is to come."""
 
+_DONE = re.compile(
+    r"[ \t]*[:=-]?[ \t]*(?:was|were|ha[sd]|have|show(?:s|ed|ing)|reveal(?:s|ed)|demonstrate[sd]|done|performed"
+    r"|completed|reviewed|normal|negative|positive|today|yesterday|results?|ago|on \d)\b",
+    re.IGNORECASE,
+)
 _ANSWER = re.compile(
     r"[ \t]*[:=\-–—|?\t]+[ \t]*(?:(?P<absent>no(?:ne)?|neg(?:ative)?|denie[sd]|absent|nil|not present|n|0|never|nope)"
     r"|(?P<present>yes|pos(?:itive)?|present|y|\+|x)|(?P<uncertain>possible|possibly|unsure|unknown|unclear|maybe|\?))"
@@ -114,6 +119,7 @@ _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)
 
 _CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
 _NEAR = 60
+_PRN = re.compile(r"p\.?r\.?n\.?", re.IGNORECASE)
 _DENIES = re.compile(r"den(?:y|ie[sd]|ying)\b|neg(?:ative)?\b", re.IGNORECASE)
 _NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cue phrase
 _STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGNORECASE)
@@ -185,6 +191,30 @@ def _trie() -> dict[str, Any]:
     return root
 
 
+@lru_cache(maxsize=1)
+def _slips() -> dict[str, str]:
+    """The words of cues, of six letters or more, by what they look like with two letters exchanged in typing."""
+    words: set[str] = set()
+    nodes = [_trie()]
+    while nodes:
+        for word, node in nodes.pop().items():
+            if word:
+                words.add(word)
+                nodes.append(node)
+    found: dict[str, str] = {}
+    for word in sorted(words):
+        if len(word) < 6 or not word.isalpha():
+            continue
+        for at in range(len(word) - 1):
+            slip = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+            if slip not in words and slip not in _NO_SLIPS:
+                found[slip] = word
+    return found
+
+
+_NO_SLIPS = frozenset(("nuclear", "denise", "dairies"))  # words of their own
+
+
 def assert_spans(
     text: str,
     spans: Sequence[tuple[int, int]],
@@ -249,7 +279,8 @@ def assert_spans(
                 chosen.setdefault("modality", ("actual", *span))  # the allergy is there, its reactions may come
             header = text[section.header_start : section.header_end]
             planned = section.category == "assessment_plan" and _PLANS.search(header)
-            if planned and "temporality" not in chosen and _PROCEDURE.search(text, *span):
+            planned = planned and "temporality" not in chosen and not _DONE.match(text, span[1])
+            if planned and _PROCEDURE.search(text, *span):
                 chosen["temporality"] = ("future", section.header_start, section.header_end)
             results[number] = _assertion(chosen, section, header)
     return [result for result in results if result is not None]
@@ -287,6 +318,8 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     """Return the cues of one sentence in order, pseudo cues and cues inside a span taken out."""
     tokens = list(_TOKEN.finditer(_folded(text[begin:stop])))
     words = [token.group() for token in tokens]
+    slips = _slips()
+    words = [slips.get(word, word) for word in words]
     for number in [at for at, word in enumerate(words) if word[0].isdecimal()]:
         word = words[number]
         words[number] = _YEAR if len(word) == 4 and word[:2] in ("19", "20") else _NUMBER
@@ -410,6 +443,8 @@ def _decide(
                 listed and rule.axis == "presence" and not _DENIES.match(text, cue.start)
             ):
                 closed.add(rule.axis)
+            elif _PRN.fullmatch(text, cue.start, cue.end) and "\n" in text[cue.end : start]:
+                continue  # the next line of a list of drugs
             elif _reaches(text, cue.end, start, rule.scope, rule.axis):
                 before[rule.axis] = cue
     closed = set()
@@ -447,7 +482,9 @@ def _decide(
         elif presence[0] == "absent" and modality[0] == "conditional":
             del chosen["modality"]
     times = chosen.get("temporality")
-    if times is not None and any(
+    if times is not None and times[0] == "future" and modality is not None and modality[0] == "generic":
+        del chosen["temporality"]  # `support group for epilepsy recommended`: the group is to come
+    elif times is not None and any(
         axis != "temporality" and start <= times[1] and times[2] <= end and (start, end) != times[1:]
         for axis, (_, start, end) in chosen.items()
     ):
