@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from clinical_nlp.language.assertion import assert_spans
+from clinical_nlp.language.measurements import find_measurements
 from clinical_nlp.language.sections import Section, find_sections
 from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.language.terminology import Match, Matcher, load_terminology
@@ -22,7 +23,7 @@ PHENOTYPE = "phenotype"
 class Mention:
     """A concept or entity at [start, end) of a note. `section` is None where the note has no header before it.
 
-    `lane` says who found it: dictionary, model, or both; `concept_id` is None where only the model did.
+    `lane` says who found it: dictionary, model, both, or measurement; `concept_id` is None where only the model did.
     """
 
     start: int
@@ -42,26 +43,35 @@ def _matcher(name: str) -> Matcher:
 
 
 class Annotator:
-    """Finds what a note mentions and what it says about it. Pickles as the name of its terminology.
+    """Finds what a note mentions and what it says about it. Pickles as its arguments.
 
     Parameters
     ----------
-    terminology : `hpo`, `icd10cm`, or a path to an .obo, .json or .csv file.
+    terminology : `hpo`, `hpo_wide`, `icd10cm`, or a path to an .obo, .json or .csv file.
+    measurements : also read values (`Na 128`, `LVEF 25 %`) as HPO concepts; see `clinical_nlp.language.measurements`.
     """
 
-    def __init__(self, terminology: str | Path = "hpo") -> None:
+    def __init__(self, terminology: str | Path = "hpo", *, measurements: bool = False) -> None:
         self._name = str(terminology)
+        self._measurements = measurements
         self._matcher = _matcher(self._name)
         self.terminology = self._matcher.terminology
 
-    def __reduce__(self) -> tuple[type[Annotator], tuple[str]]:
-        return type(self), (self._name,)
+    def __reduce__(self) -> tuple[Callable[..., Annotator], tuple[str, bool]]:
+        return _annotator, (self._name, self._measurements)
 
     def match(self, text: str) -> list[Match]:
         """Return the dictionary's matches alone."""
         return self._matcher.match(text)
 
-    def annotate(self, text: str, extra_spans: Sequence[tuple[int, int, str, float]] = ()) -> list[Mention]:
+    def annotate(
+        self,
+        text: str,
+        extra_spans: Sequence[tuple[int, int, str, float]] = (),
+        *,
+        age_years: float | None = None,
+        sex: str | None = None,
+    ) -> list[Mention]:
         """Return the mentions of `text`, sorted by place.
 
         Parameters
@@ -70,19 +80,31 @@ class Annotator:
         extra_spans : (start, end, label, score) from an NER model. One that equals a dictionary match becomes one
             mention of both lanes, with the model's label and the higher score; another is linked to a concept only
             when its text as a whole is a name of one. White space at its edges is left out.
+        age_years : of the patient when the note was written, for measured values; the note's own word otherwise.
+        sex : `F` or `M`, for measured values.
 
         Raises
         ------
         ValueError : an extra span is empty or outside the text.
         """
         matches = self._matcher.match(text)
-        if not matches and not extra_spans:
+        measured = []
+        if self._measurements:
+            found_values = find_measurements(text, self.terminology, age_years=age_years, sex=sex)
+            measured = [(m.start, m.end, m.concept_id) for m in found_values if m.concept_id is not None]
+        if not matches and not extra_spans and not measured:
             return []
         sections = find_sections(text)
         starts = [section.start for section in sections]
         # The header `Allergies` is no allergy; a heading of its own (`HYPERTENSION:`) has no category and may be one.
         matches = [m for m in matches if not _in_header(sections[bisect_right(starts, m.start) - 1], m)]
         found = merge_spans(text, matches, extra_spans, self._matcher)
+        if measured:
+            found = sorted(
+                found
+                + [(start, end, concept_id, PHENOTYPE, 0.9, "measurement") for start, end, concept_id in measured],
+                key=lambda f: (f[0], -f[1], f[2] or ""),
+            )
         asserted = assert_spans(text, [(f[0], f[1]) for f in found], sections=sections, sentences=find_sentences(text))
         mentions = []
         for (start, end, concept_id, label, score, lane), assertion in zip(found, asserted, strict=True):
@@ -90,6 +112,10 @@ class Annotator:
             category = section.category if section.named else None
             mentions.append(Mention(start, end, text[start:end], concept_id, label, assertion, category, score, lane))
         return mentions
+
+
+def _annotator(name: str, measurements: bool) -> Annotator:
+    return Annotator(name, measurements=measurements)
 
 
 def _in_header(section: Section, match: Match) -> bool:
