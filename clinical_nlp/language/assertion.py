@@ -368,6 +368,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
             # A cue inside a span is part of its name, unless a longer span opens with it.
             if place >= 0 and furthest[place] >= end:
                 opens = words[at] in _OPENERS and span_starts[place] == start and furthest[place] > end
+                opens = opens and words[last : last + 1] != ["-"]  # `old-age dementia`
                 if not opens:
                     continue
             following = words[last] if last < count else "."

@@ -50,7 +50,6 @@ _SOAP_CATEGORIES = {
     "A": "assessment_plan",
     "P": "assessment_plan",
 }
-_NEW_BLOCK = re.compile(r"(?:\A|\n)[ \t]*\n?\Z")
 _SPACES = re.compile(r"[^a-z0-9&/]+")
 
 
@@ -151,6 +150,12 @@ def find_sections(text: str) -> list[Section]:
     return sections
 
 
+def _opens_block(text: str, line: int) -> bool:
+    """Whether the line that begins at `line` is the first, or has a blank one above it."""
+    above = text[max(0, line - 120) : line].split("\n")
+    return len(above) < 2 or not above[-2].strip()
+
+
 def _line_category(found: re.Match[str], text: str) -> str | None:
     name, mark = found["name"].strip(), found["mark"]
     category = _category(name)
@@ -164,11 +169,14 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
         previous = before[:-1].rpartition("\n")[2].strip()  # the line above, or its last 60 characters
         wrapped = len(previous) > 50 and previous[-1] not in ".!?:;"
         prefix = text[found.start() : found.start("name")].strip()  # number, bullet or markdown
-        if not mark and ((len(name) <= 3 and prefix.strip("#=*_~>")) or (len(name) <= 2 and not name.isupper())):
+        if not mark and (
+            (len(name) <= 3 and prefix.strip("#=*_~>"))
+            or (len(name) <= 2 and name.islower() and "*" not in found[0] and not _opens_block(text, found.start()))
+        ):
             return None  # `- PE` in a list is an embolism
         if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or prefix or not wrapped):
             return category
-        return category if mark and (name.isupper() or _NEW_BLOCK.search(text, 0, found.start())) else None
+        return category if mark and (name.isupper() or _opens_block(text, found.start())) else None
     capitals = name.isupper() and len(name) > 3
     if not 1 <= len(words) <= 6 or name[-1] in ".," or ". " in name:
         return None
