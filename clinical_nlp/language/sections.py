@@ -169,14 +169,13 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
         previous = before[:-1].rpartition("\n")[2].strip()  # the line above, or its last 60 characters
         wrapped = len(previous) > 50 and previous[-1] not in ".!?:;"
         prefix = text[found.start() : found.start("name")].strip()  # number, bullet or markdown
-        if not mark and (
-            (len(name) <= 3 and prefix.strip("#=*_~>"))
-            or (len(name) <= 2 and name.islower() and "*" not in found[0] and not _opens_block(text, found.start()))
-        ):
-            return None  # `- PE` in a list is an embolism
+        listed = prefix.strip("#=*_~>") or not (previous[-1:] == "." or _opens_block(text, found.start()))
+        if not mark and listed and _key(name) in _ALSO_FINDINGS:
+            return None
         if alone and name[-1] not in ".," and (name[0].isupper() or len(words) > 1 or prefix or not wrapped):
             return category
-        return category if mark and (name.isupper() or _opens_block(text, found.start())) else None
+        dashed = mark and (name.isupper() or len(words) > 1 or _opens_block(text, found.start()))
+        return category if dashed and not (wrapped and name[0].islower()) else None
     capitals = name.isupper() and len(name) > 3
     if not 1 <= len(words) <= 6 or name[-1] in ".," or ". " in name:
         return None
@@ -193,4 +192,5 @@ def _line_category(found: re.Match[str], text: str) -> str | None:
     return None
 
 
+_ALSO_FINDINGS = frozenset({"pe", "ms", "px", "se"})  # `PE` in a list is an embolism
 _SMALL = frozenset({"of", "and", "the", "for", "to", "in", "on", "with", "or", "at"})
