@@ -258,6 +258,7 @@ def _batch(
             if fresh:
                 _abandon(output)
             raise InputError(f"{source} holds no notes that can be read as {config.format}")
+        _clear_leftovers(output)  # of a worker that died in the middle of a write
         records = [done[index] for index in range(len(done))]
         counts = write_outputs(
             output,
@@ -390,7 +391,7 @@ def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, A
 
 
 def _clear_leftovers(output: Path) -> None:
-    """Remove the temporary files that an interrupted write left."""
+    """Remove the temporary files that interrupted writes left."""
     for file in output.rglob(".*.tmp"):
         file.unlink(missing_ok=True)
 
