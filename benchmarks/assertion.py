@@ -3,8 +3,10 @@
     python benchmarks/assertion.py --output benchmarks/assertion.json [--opponent VENV/bin/python]
 
 Synthetic notes with the phrases of the bank `held_out`, which no rule was made for, and, where CLINICAL_NLP_DATA holds
-the corpora, spans of real notes judged by one reader (`assertion_judgements.csv` holds their places and no text). Of
-the four draws of real spans the first three were looked at while rules were written; draw 4 was judged and scored after.
+the corpora, spans of real notes that one reader judged before he saw what the rules say (`assertion_judgements.csv`
+holds their places and no text). Rules were made from the mistakes of each draw of real spans before the next was drawn,
+so the figures for them are those of development; when first scored, the five draws had 137 of 150, 134 of 149, 137 of
+149, 144 of 150 and 138 of 150 spans right on all four axes.
 The opponent is medSpaCy 1.3.1 with its default rules and sections, in an environment of its own.
 """
 
@@ -76,10 +78,10 @@ def held_out(seeds: Sequence[int]) -> list[Judged]:
     return judged
 
 
-def real(draws: Sequence[str]) -> list[Judged]:
+def real() -> list[Judged]:
     """Return the judged spans of real notes; a note stands for its patient."""
     with (HERE / "assertion_judgements.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["draw"] in draws]
+        rows = list(csv.DictReader(file))
     texts = {}
     for name in sorted({row["corpus"] for row in rows}):
         for note in load_corpus(name).notes.to_pylist():
@@ -232,10 +234,9 @@ def main() -> None:
         "dictionary_and_assertion": whole_lane(synthetic),
     }
     if os.environ.get("CLINICAL_NLP_DATA"):
-        result["real_draws_1_to_3"] = compare(real(["1", "2", "3"]), options.opponent)
-        result["real_draw_4"] = compare(real(["4"]), options.opponent)
+        result["real"] = compare(real(), options.opponent)
     write_json(options.output, result)
-    for name in ("held_out", "real_draws_1_to_3", "real_draw_4"):
+    for name in ("held_out", "real"):
         for system in ("clinical_nlp", "medspacy"):
             if system in result.get(name, {}):
                 scores = result[name][system]

@@ -119,6 +119,7 @@ _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)
 
 _CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
 _NEAR = 60
+_HISTORY = re.compile(r"hist|hx|h/o", re.IGNORECASE)
 _PRN = re.compile(r"p\.?r\.?n\.?", re.IGNORECASE)
 _DENIES = re.compile(r"den(?:y|ie[sd]|ying)\b|neg(?:ative)?\b", re.IGNORECASE)
 _NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cue phrase
@@ -483,13 +484,18 @@ def _decide(
         elif presence[0] == "absent" and modality[0] == "conditional":
             del chosen["modality"]
     times = chosen.get("temporality")
-    if times is not None and times[0] == "future" and modality is not None and modality[0] == "generic":
-        del chosen["temporality"]  # `support group for epilepsy recommended`: the group is to come
-    elif times is not None and any(
-        axis != "temporality" and start <= times[1] and times[2] <= end and (start, end) != times[1:]
-        for axis, (_, start, end) in chosen.items()
-    ):
-        del chosen["temporality"]  # `history of` inside `family history of` or `no history of`
+    if times is not None:
+        inside = any(
+            axis != "temporality" and start <= times[1] and times[2] <= end and (start, end) != times[1:]
+            for axis, (_, start, end) in chosen.items()
+        )  # `history of` inside `family history of` or `no history of`
+        said = presence is not None and presence[0] == "absent" and presence[1] < times[1]
+        never = (
+            said and times[0] == "historical" and _HISTORY.search(text, *times[1:])
+        )  # `denies a personal history of`
+        taught = times[0] == "future" and modality is not None and modality[0] == "generic"  # `epilepsy group advised`
+        if inside or never or taught:
+            del chosen["temporality"]
     return chosen
 
 
