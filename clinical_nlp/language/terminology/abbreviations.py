@@ -16,6 +16,7 @@ from pathlib import Path
 from clinical_nlp.language.terminology.concepts import Terminology
 
 _DEFINED = re.compile(r"\(([A-Z][A-Za-z0-9]{1,9})\)")
+_SHORT = re.compile(r"(?<![\w-])[A-Z][A-Za-z0-9]{1,10}(?![\w-])")
 _WORD = re.compile(r"[^\W_]+")
 _NEAR = 80
 _OTHER = re.compile(r"[^a-z0-9%+]+")
@@ -106,10 +107,15 @@ def chosen(text: str, start: int, end: int, senses: Sequence[Sense], written: se
     return None
 
 
-def occurrences(text: str, short: str) -> Iterator[tuple[int, int]]:
-    """Yield where a short form stands, also in the plural."""
-    for found in re.finditer(rf"(?<![\w-]){re.escape(short)}(?=s?(?![\w-]))", text):
-        yield found.span()
+def occurrences(text: str, defined: Mapping[str, int | None]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, number) of the short forms that `text` defines, also in the plural."""
+    if not any(number is not None for number in defined.values()):
+        return
+    for found in _SHORT.finditer(text):
+        form = found[0] if found[0] in defined else found[0][:-1] if found[0].endswith("s") else ""
+        number = defined.get(form)
+        if number is not None:
+            yield found.start(), found.start() + len(form), number
 
 
 def _stands_for(short: str, long: str) -> bool:

@@ -131,11 +131,14 @@ class Matcher:
             if size > 1:
                 code = index.literal(text[starts[first] : ends[last - 1]], code)
             matches.append(self._made(starts[first], ends[last - 1], code, factor))
-        for first, last, code, alone in list(coordinated(index, reading, kept)):
+        absorbed: set[tuple[int, int]] = set()
+        for first, last, code, alone in coordinated(index, reading, kept):
             if not index.guarded(text, starts[first], ends[last]):
                 if alone is not None and not nested:
-                    matches = [m for m in matches if (m.start, m.end) != (starts[alone], ends[alone])]
+                    absorbed.add((starts[alone], ends[alone]))
                 matches.append(self._made(starts[first], ends[last], code, 0.8))
+        if absorbed:
+            matches = [match for match in matches if (match.start, match.end) not in absorbed]
         matches += self._abbreviated(text, reading, matches)
         return sorted(set(matches), key=lambda m: (m.start, -m.end, m.concept_id))
 
@@ -175,12 +178,9 @@ class Matcher:
                 code = chosen(text, start, end, senses, written)
                 if code is not None:
                     found.append(self._made(start, end, code, 1.0))
-        for form, number in defined.items():
-            if number is None:
-                continue
-            for start, end in occurrences(text, form):
-                if reach[bisect_left(begins, end)] <= start:
-                    found.append(Match(start, end, self._index.ids[number], 0.9))
+        for start, end, number in occurrences(text, defined):
+            if reach[bisect_left(begins, end)] <= start:
+                found.append(Match(start, end, self._index.ids[number], 0.9))
         return found
 
     # Reading the text
