@@ -52,7 +52,7 @@ _DIGEST_OF_NOTE = "md5(concat_ws(chr(31), {}))".format(
 _PEOPLE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("scope", "patient_id", "digest")])
 _FHIR = ("Condition", "Observation", "Provenance")
 
-_MEMORY = "1GB"
+_MEMORY = "512MB"
 _PATIENT_ROWS = 20_000
 _DONE = "ledger/outputs.json"
 _ONE_ID_SPACE = ("fhir", "omop", "mimic")

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,13 @@ def renew(config: ExtractionConfig, output: Path, batch: Callable[..., Extractio
     ------
     RunError : something that decides what is found is not what it was.
     """
+    with _locked(output):
+        return _renewed(config, output, batch, same_export=same_export)
+
+
+def _renewed(
+    config: ExtractionConfig, output: Path, batch: Callable[..., Extraction], *, same_export: bool
+) -> Extraction:
     _check(output, _plan(config, with_export=same_export), same_export=same_export)
     if same_export and not _rejected(output):
         say(f"{output}: no note was rejected in extraction, so there is nothing to retry")
@@ -161,6 +169,20 @@ def renew(config: ExtractionConfig, output: Path, batch: Callable[..., Extractio
     write_json(output / _SWAP, {"names": sorted(path.name for path in fresh.iterdir())})
     finish_swap(output)
     return replace(result, output=output)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold a finished output against another update; the lock goes with the process, however it ends."""
+    with open(output / "plan.json", "rb") as handle:
+        with suppress(ImportError, OSError):  # not on Windows, or a network share without locks
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{output} is in use by another process; wait for it") from None
+        yield
 
 
 def _rejected(output: Path) -> bool:

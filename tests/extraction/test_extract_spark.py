@@ -157,3 +157,35 @@ def test_spark_killed_at_random_times(export, options, tmp_path):
         if not (output / "manifest.json").exists():
             subprocess.run([*command, str(output), json.dumps(options), "resume"], check=True)
         assert tree(output) == whole, f"round {round_}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("session")
+def test_a_hundred_thousand_notes(options, tmp_path):
+    generator = random.Random(0)
+    findings = ["fever", "cough", "seizure", "cleft palate", "a rash", "pain"]
+    forms = [
+        "No {}.",
+        "Has {} today.",
+        "Mother had {}.",
+        "Possible {}.",
+        "Denies {} but has {}.",
+        "{} and {} on arrival.",
+    ]
+    notes = {"note_id": [], "patient_id": [], "institution": [], "written_at": [], "text": []}
+    for number in range(100_000):
+        patient = generator.randrange(12_000)
+        lines = [generator.choice(forms).format(*generator.sample(findings, 2)) for _ in range(3)]
+        notes["note_id"].append(f"n{number}")
+        notes["patient_id"].append(f"p{patient}")
+        notes["institution"].append("ABC"[patient % 3])
+        notes["written_at"].append(f"2020-{generator.randint(1, 12):02}-{generator.randint(1, 28):02}")
+        notes["text"].append("\n".join(lines))
+    pq.write_table(pa.table(notes), tmp_path / "notes.parquet")
+    settings = {"terminology": options["terminology"], "format": "table"}
+    local = extract(tmp_path / "notes.parquet", output=tmp_path / "local", workers=2, **settings)
+    spark = extract(tmp_path / "notes.parquet", output=tmp_path / "spark", engine="spark", **settings)
+    assert (spark.done, spark.mentions, spark.patients) == (100_000, local.mentions, local.patients)
+    assert spark.mentions > 200_000
+    assert tree(tmp_path / "spark") == tree(tmp_path / "local")

@@ -1,11 +1,14 @@
 """An output brought up to date equals a fresh one, and only the patients that a change touches are made anew."""
 
+import fcntl
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import COPIED, tree
@@ -70,6 +73,42 @@ def test_an_update_equals_a_fresh_run_and_touches_only_the_changed(export, optio
     assert tree(out) == tree(tmp_path / "fresh")
 
 
+def test_five_percent_added_two_amended_one_deleted(options, tmp_path):
+    from clinical_nlp.corpora.synthetic_hospitals import generate
+
+    rows = []
+    for item in generate(institutions=2, patients=60):
+        note = item.note
+        rows.append({name: getattr(note, name) for name in ("note_id", "patient_id", "institution", "text")})
+        rows[-1] |= {"written_at": note.written_at, "patient_id": f"{note.institution}-{note.patient_id}"}
+    generator = random.Random(2)
+    kept = len(rows) * 20 // 21
+    old, added = rows[:kept], rows[kept:]
+    assert len(added) >= 0.04 * kept
+    changed = generator.sample(range(kept), 3 * kept // 100)
+    amended, deleted = changed[: 2 * kept // 100], set(changed[2 * kept // 100 :])
+    new = [dict(row) for row in old]
+    for place in amended:
+        new[place]["text"] += "\nAddendum: no seizure."
+    new = [row for place, row in enumerate(new) if place not in deleted]
+    for row in added:
+        new.insert(generator.randrange(len(new)), row)
+    settings = {**options, "format": "table", "shard_notes": 50}
+    pq.write_table(pa.Table.from_pylist(old), tmp_path / "old.parquet")
+    pq.write_table(pa.Table.from_pylist(new), tmp_path / "new.parquet")
+    extract(tmp_path / "old.parquet", output=tmp_path / "out", **settings)
+    result = extract(tmp_path / "new.parquet", output=tmp_path / "out", update=True, **settings)
+    extract(tmp_path / "new.parquet", output=tmp_path / "fresh", **settings)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    assert (result.update.added, result.update.amended, result.update.deleted) == (
+        len(added),
+        len(amended),
+        len(deleted),
+    )
+    places = [*added, *(old[place] for place in changed)]
+    assert set(result.update.patients_touched) == {f"{row['institution']}/{row['patient_id']}" for row in places}
+
+
 def test_demographics_and_another_folder_count_as_changes(export, options, tmp_path):
     extract(export, output=tmp_path / "out", **options)
     moved = shutil.move(export, tmp_path / "november")
@@ -112,6 +151,10 @@ def test_what_cannot_be_brought_up_to_date_is_refused_and_left_alone(export, opt
     with pytest.raises(RunError, match="its terminology is not what is used now"):
         extract(export, output=out, update=True, **options)
     options["terminology"].write_text(terminology)
+    with open(out / "plan.json", "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="in use by another process"):
+            extract(export, output=out, update=True, **options)
     assert tree(out) == before
     part = min((out / "rejected").iterdir())
     part.write_bytes(part.read_bytes()[:-1] + b"x")
