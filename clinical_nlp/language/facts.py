@@ -233,9 +233,14 @@ def _above() -> dict[str, tuple[str, ...]]:
 def broader(name: str) -> frozenset[str]:
     """Return the concepts that a concept is a kind of: its ancestors in HPO, and what the table of findings says."""
     terminology = _annotator().terminology
-    above = terminology.ancestors(name) if name in terminology else frozenset()
-    own = _above().get(name, ())
-    return above.union(own, *(broader(parent) for parent in own))
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:  # rows of the table that the matcher takes for one concept may name each other
+        one = waiting.pop()
+        above = {*(terminology.ancestors(one) if one in terminology else ()), *_above().get(one, ())}
+        waiting += above - found
+        found |= above
+    return frozenset(found - {name})
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
