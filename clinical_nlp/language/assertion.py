@@ -279,9 +279,13 @@ def assert_spans(
             if section.category == "allergies" and text[span[0] : span[0] + 6].lower() == "allerg":
                 chosen.setdefault("modality", ("actual", *span))  # the allergy is there, its reactions may come
             header = text[section.header_start : section.header_end]
-            planned = section.category == "assessment_plan" and _PLANS.search(header)
-            planned = planned and "temporality" not in chosen and not _DONE.match(text, span[1])
-            if planned and _PROCEDURE.search(text, *span):
+            planned = section.category == "assessment_plan" and _PLANS.search(header) is not None
+            if (
+                planned
+                and "temporality" not in chosen
+                and not _DONE.match(text, span[1])
+                and _PROCEDURE.search(text, *span)
+            ):
                 chosen["temporality"] = ("future", section.header_start, section.header_end)
             results[number] = _assertion(chosen, section, header)
     return [result for result in results if result is not None]
@@ -345,7 +349,9 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
             look = at + 1
             while branch is not None:
                 for key, rules in branch.get("", {}).items():
-                    if key not in longest or look >= longest[key][0]:
+                    if (key not in longest or look >= longest[key][0]) and not (
+                        rules[0].kind == "pseudo" and _enters(span_starts, begin, tokens[at], tokens[look - 1])
+                    ):
                         longest[key] = (look, rules)
                 branch = branch.get(words[look]) if look < count else None
                 look += 1
@@ -386,6 +392,12 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
                 elif not twofold or (rule.direction == "backward") == closes:
                     found.append(_Cue(rule, at, last, start, end))
     return found
+
+
+def _enters(span_starts: list[int], begin: int, first: re.Match[str], last: re.Match[str]) -> bool:
+    """Whether words from `first` to `last` reach into a span: `without complications` denies complications."""
+    place = bisect_right(span_starts, begin + last.start()) - 1
+    return place >= 0 and span_starts[place] > begin + first.start()
 
 
 def _folded(text: str) -> str:
@@ -441,6 +453,8 @@ def _decide(
                 verb = before[rule.axis]
                 if rule.direction == "over" and verb.rule.value == "present" and "," not in text[cue.end : verb.start]:
                     before[rule.axis] = cue
+            elif rule.direction == "backward" and _TIMED.match(text, cue.start):
+                continue  # `history of MI in 1999, CHF`
             elif rule.direction == "backward" or (
                 listed and rule.axis == "presence" and not _DENIES.match(text, cue.start)
             ):
