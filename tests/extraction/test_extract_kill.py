@@ -43,6 +43,7 @@ def kill(mode, export, options, folder, number, *, workers=1):
     return [(where, int(committed), int(reused)) for where, committed, reused, _ in rows]
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
     ("workers", "every"),
     [
@@ -63,6 +64,7 @@ def test_killed_at_every_write_fsync_and_rename(export, options, tmp_path, worke
         assert any(reused == committed == 1 for _, committed, reused in rows)
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_worker_that_is_killed_at_any_of_them_costs_nothing(export, options, tmp_path, every):
     rows = kill("workers", export, {**options, "shard_notes": 8}, tmp_path, every, workers=2)

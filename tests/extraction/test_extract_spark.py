@@ -126,6 +126,7 @@ extract(sys.argv[1], output=sys.argv[2], engine="spark", resume=sys.argv[4] == "
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_session_of_its_own_with_a_note_that_kills_its_worker(export, options, tmp_path, monkeypatch):
     poison_processes(tmp_path / "patched", monkeypatch, "os.kill(os.getpid(), 9)")
     extract(export, output=tmp_path / "local", workers=2, **options)
@@ -140,6 +141,7 @@ def test_a_session_of_its_own_with_a_note_that_kills_its_worker(export, options,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_spark_killed_at_random_times(export, options, tmp_path):
     options = {**options, "terminology": str(options["terminology"]), "workers": 2, "shard_notes": 1}
     command = [sys.executable, "-c", RUN, str(export)]

@@ -211,6 +211,7 @@ print(points)
 """
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_update_that_is_killed_at_any_change_of_the_disk_can_be_done_again(export, options, tmp_path, every):
     options = {**options, "terminology": str(options["terminology"]), "shard_notes": 20}
