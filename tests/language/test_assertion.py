@@ -149,3 +149,18 @@ def test_problem_list_is_not_past():
     text = "PROBLEM LIST:\n1. Gout\nPAST MEDICAL HISTORY:\n1. Gout"
     spans = [found.span() for found in re.finditer("Gout", text)]
     assert [a.temporality for a in assert_spans(text, spans)] == ["current", "historical"]
+
+
+@pytest.mark.parametrize(
+    ("text", "presence"),
+    [
+        ("Negtaive for fever.", "absent"),
+        ("Suspicoius for fever.", "uncertain"),
+        ("Compliant with fever diary.", "present"),
+        ("Nuclear scan for fever.", "present"),
+    ],
+)
+def test_two_letters_exchanged_in_a_cue(text, presence):
+    """A slip of the pen is read; a word of its own that looks like one is not."""
+    start = text.index("fever")
+    assert assert_spans(text, [(start, start + 5)])[0].presence == presence
