@@ -180,11 +180,14 @@ def build_model(
 ) -> Any:
     """Put a head that scores codes on a backbone; the head is float32, never quantised and always trains.
 
-    `label_attention`: token states h (unit length after centring) are attended by each code l, a = softmax(h V q_l),
-    and the code is scored on what it attends to, (sum a h) . w_l + b_l, as in LAAT and PLM-ICD (there with tanh and
-    without descriptions). With descriptions, q_l and w_l are the code's own vectors, which start at zero, plus a map of
-    the embedding of its description, which starts as the identity: the untrained model then matches text with
-    descriptions, and a code without an example is never more than that. `pooled`: w_l on the mean of the token states.
+    `label_attention`: token states h (unit length after centring) are attended by each code l, a = softmax(h V q_l +
+    g(h)), and the code is scored on what it attends to, (sum a h) . w_l + b_l, as in LAAT and PLM-ICD (there with tanh
+    and without descriptions). Two things are ours: g, a small network that all codes share, says which mentions count
+    at all (not what is denied, or of the family), which no code has examples enough to learn alone; and a code whose
+    words are nowhere attends to nothing, a place with the learned score s and the state zero. With descriptions, q_l
+    and w_l are the code's own vectors, which start at zero, plus a map of the embedding of its description, which
+    starts as the identity: the untrained model then matches text with descriptions, and a code without an example is
+    never more than that. `pooled`: w_l on the mean of the token states.
 
     Parameters
     ----------
@@ -233,6 +236,11 @@ def build_model(
             if task.head == "label_attention":
                 self.query = torch.nn.Parameter(torch.randn(n_codes, width) * max(scale * 5, 0.0))
                 self.key = torch.nn.Parameter(torch.eye(width))
+                self.counts = torch.nn.Sequential(
+                    torch.nn.Linear(width, _GATE), torch.nn.GELU(), torch.nn.Linear(_GATE, 1, bias=False)
+                )
+                torch.nn.init.zeros_(self.counts[-1].weight)
+                self.nothing = torch.nn.Parameter(torch.tensor(_NOTHING))
                 if known is not None:
                     self.ask = torch.nn.Parameter(torch.eye(width) * _ASK)
 
@@ -240,7 +248,10 @@ def build_model(
             return functional.layer_norm(hidden.float(), (width,)) / math.sqrt(width)
 
         def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            """Score (n, t, d) token states under a (n, t) mask: (n, n_codes) logits, (n, t, n_codes) attention."""
+            """Score (n, t, d) token states under a (n, t) mask: (n, n_codes) logits, (n, t, n_codes) attention.
+
+            What is missing from 1 in the attention of a code went to nothing.
+            """
             classifier: torch.Tensor = self.classifier
             if self.descriptions is not None:
                 classifier = classifier + self.descriptions @ self.classify
@@ -251,9 +262,10 @@ def build_model(
             query: torch.Tensor = self.query
             if self.descriptions is not None:
                 query = query + self.descriptions @ self.ask
-            scores = (states @ self.key) @ query.T
-            attention = torch.softmax(scores.masked_fill(~mask.unsqueeze(-1), -torch.inf), dim=1)
-            attention = torch.nan_to_num(attention)  # a document without a token attends to nothing
+            scores = (states @ self.key) @ query.T + self.counts(states * math.sqrt(width))
+            scores = scores.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+            nothing = self.nothing.expand(len(scores), 1, n_codes)
+            attention = torch.softmax(torch.cat([scores, nothing], dim=1), dim=1)[:, :-1]
             found = attention.transpose(1, 2) @ states
             return (found * classifier).sum(-1) + self.bias, attention
 
@@ -351,6 +363,10 @@ def build_model(
 
 _ASK, _CLASSIFY = 10.0, 10.0
 """How sharply untrained attention follows a description, and how much a match moves the log-odds."""
+_NOTHING = 3.0
+"""Score of attending to nothing, to start with: as a token that goes a little with the code."""
+_GATE = 128
+"""Width of the network that says which mentions count."""
 _WATCHED = 50
 """Forward passes over which a collapse is judged."""
 
