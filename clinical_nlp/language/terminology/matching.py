@@ -10,9 +10,9 @@ from __future__ import annotations
 import csv
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +54,8 @@ class Match:
 
 _Word = tuple[int, int, int, int | None, bool]
 """Number, start and end in the token, what it names when it stands alone, and whether a phrase may skip it."""
-_Piece = tuple[int, tuple[_Word, ...], list[Sense] | None]
-"""What a token means: the gap that it leaves, its words of the vocabulary, and what it may be short for."""
+_Piece = tuple[int, tuple[_Word, ...], tuple[int, list[Sense]] | None]
+"""What a token means: the gap that it leaves, its words of the vocabulary, and its length and what it is short for."""
 
 
 class Reading(NamedTuple):
@@ -71,6 +71,17 @@ class Reading(NamedTuple):
     gaps: list[int]
     passed: list[int]
     short: list[tuple[int, int, list[Sense]]]
+
+
+class _Memo(dict[str, _Piece]):
+    """What each token means, worked out when it is first seen."""
+
+    def __init__(self, piece: Callable[[str], _Piece]) -> None:
+        self._piece = piece
+
+    def __missing__(self, surface: str) -> _Piece:
+        found = self[surface] = self._piece(surface)
+        return found
 
 
 class Matcher:
@@ -94,7 +105,7 @@ class Matcher:
                 msg = f"within: {root_id!r} is not a current id of {terminology.name} {terminology.version}".strip()
                 raise UsageError(msg)
         self.ids = frozenset().union(*map(terminology.descendants, within)) if within else terminology.matchable
-        self._memo: dict[str, _Piece] = {}
+        self._memo = _Memo(self._piece)
         self._index = Index.build(terminology, self.ids)
         self._passed = frozenset(row["form"] for row in _rows("modifiers.csv"))
 
@@ -132,7 +143,10 @@ class Matcher:
                 code = index.literal(text[starts[first] : ends[last - 1]], code)
             matches.append(self._made(starts[first], ends[last - 1], code, factor))
         absorbed: set[tuple[int, int]] = set()
+        plain = {(match.start, match.concept_id) for match in matches}
         for first, last, code, alone in coordinated(index, reading, kept):
+            if (starts[first], index.concept(code)[0]) in plain:
+                continue
             if not index.guarded(text, starts[first], ends[last]):
                 if alone is not None and not nested:
                     absorbed.add((starts[alone], ends[alone]))
@@ -197,21 +211,15 @@ class Matcher:
         if len(memo) > _MEMO_LIMIT:
             memo.clear()
         gap = HARD
-        at = 0
         parts = _TOKEN.split(text)  # white space and tokens in turn
-        parts.append("")
-        for k in range(0, len(parts) - 1, 2):
-            space, surface = parts[k], parts[k + 1]
+        begins = islice(accumulate(map(len, parts)), 0, None, 2)
+        for space, start, (after, words, senses) in zip(
+            parts[::2], begins, map(memo.__getitem__, parts[1::2]), strict=False
+        ):
             if space != " " and space:
-                gap = max(gap, _over(space, surface))
-            start = at + len(space)
-            at = start + len(surface)
-            piece = memo.get(surface)
-            if piece is None:
-                piece = memo[surface] = self._piece(surface)
-            after, words, senses = piece
+                gap = max(gap, _over(space, text[start]))
             if senses is not None:
-                short.append((start, at, senses))
+                short.append((start, start + senses[0], senses[1]))
             if not words:
                 if after > gap:
                     gap = after
@@ -229,16 +237,15 @@ class Matcher:
         return Reading(ids, singles, starts, ends, gaps, passed, short)
 
     def _piece(self, surface: str) -> _Piece:
-        if not surface:
-            return HARD, (), None
         if not surface[0].isalnum():
             if surface in "\"'`“”‘’*_":
                 return ADJACENT, (), None
             return CONJUNCTION if surface in "/&+" else LIST if surface == "," else HARD, (), None
         abbreviations = self._index.abbreviations
-        senses = abbreviations.get(surface)
-        if senses is None and len(surface) > 3 and surface.endswith("s"):
-            senses = abbreviations.get(surface[:-1])
+        meant = abbreviations.get(surface)
+        if meant is None and len(surface) > 3 and surface.endswith("s"):
+            meant = abbreviations.get(surface[:-1])
+        senses = None if meant is None else (len(surface), meant)
         lower = surface.lower()
         if lower in FREE and surface != "A":
             return FREE_WORD, (), senses
