@@ -81,7 +81,7 @@ def definitions(
                 break
         else:
             words = list(_WORD.finditer(text, max(0, stop - 120), stop))[-len(short) - 3 :]
-            if any(_initials(short, words[k:]) for k in range(len(words))):
+            if _initials(short, [word[0][0].lower() for word in words]):
                 defined.setdefault(short, None)
     return defined
 
@@ -131,13 +131,13 @@ def _stands_for(short: str, long: str) -> bool:
     return True
 
 
-def _initials(short: str, words: Sequence[re.Match[str]]) -> bool:
-    """Whether `words` begin with the capitals of `short` in turn, and the first and last word take part."""
+def _initials(short: str, initials: Sequence[str]) -> bool:
+    """Whether words with these initials, up to the last one, may be short for the capitals of `short`."""
     letters = [letter.lower() for letter in short if letter.isupper()]
-    if len(letters) < 2 or len(words) < len(letters):
+    if len(letters) < 2 or not initials or initials[-1] != letters[-1]:
         return False
-    initials = [word.group()[0].lower() for word in words]
-    if initials[0] != letters[0] or initials[-1] != letters[-1]:
-        return False
-    rest = iter(initials)
-    return all(letter in rest for letter in letters)
+    for begin, initial in enumerate(initials):
+        rest = iter(initials[begin:])
+        if initial == letters[0] and all(letter in rest for letter in letters):
+            return True
+    return False

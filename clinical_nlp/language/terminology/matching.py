@@ -289,16 +289,14 @@ class Matcher:
         index = self._index
         values, partners, bags = index.values, index.partners, index.bags
         n = len(ids)
-        for first, single in enumerate(reading.singles):
-            if single is not None:
-                found.append((1, first, first + 1, single, 1.0))
-            word = ids[first]
+        found += [(1, k, k + 1, code, 1.0) for k, code in enumerate(reading.singles) if code is not None]
+        for first in range(n - 1):
+            word, last = ids[first], first + 1
             others = partners[word]
-            if not others:
+            if gaps[last] == HARD or ids[last] not in others:
                 continue
             total = values[word]
             worst = free = 0
-            last = first + 1
             stop = min(n, first + MAX_WORDS)
             while last < stop:
                 gap = gaps[last]
