@@ -12,23 +12,23 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime, time
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clinical_nlp.extraction import STAGE
-from clinical_nlp.extraction.patients import PATIENTS_SCHEMA, patient_rows
+from clinical_nlp.extraction.engines.local import gather
+from clinical_nlp.extraction.gathering import RESOURCES, Found, Gathered, Gatherer, packet_id, patients_are_shared
+from clinical_nlp.extraction.patients import PATIENTS_SCHEMA
 from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
 from clinical_nlp.extraction.shards import clear_write_errors, verifies
 from clinical_nlp.language.terminology import Terminology
 from clinical_nlp.notes.schema import Patient
-from clinical_nlp.notes.writers.fhir import FhirWriter, to_line
 from clinical_nlp.notes.writers.note_nlp import note_nlp_table, read_vocabulary
-from clinical_nlp.notes.writers.phenopacket import Evidence, Feature, file_name, phenopacket, to_json
+from clinical_nlp.notes.writers.phenopacket import file_name
 from clinical_nlp.notes.writers.table import MENTION_SCHEMA, write_table
 from clinical_nlp.runs import file_digest, sync_folder, write_json
 
@@ -50,22 +50,14 @@ _DIGEST_OF_NOTE = "md5(concat_ws(chr(31), {}))".format(
     )
 )
 _PEOPLE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("scope", "patient_id", "digest")])
-_FHIR = ("Condition", "Observation", "Provenance")
 
 _MEMORY = "512MB"
 _PATIENT_ROWS = 20_000
+_AT_ONCE = 200
+"""Patients that are gathered at a time, in this process or in a worker."""
+_FOR_WORKERS = 50_000
+"""Mentions from which it is worth while to start workers for the patients."""
 _DONE = "ledger/outputs.json"
-_ONE_ID_SPACE = ("fhir", "omop", "mimic")
-
-
-def patients_are_shared(config: ExtractionConfig) -> bool:
-    """Say whether one patient_id is one person throughout the source, whatever the institution.
-
-    True for the exports of one system (fhir, omop, mimic) and where a patient map says who is who. In a table or a
-    folder that was put together by hand, `1` of one institution is not `1` of another: merging two people is worse
-    than keeping one apart.
-    """
-    return config.format in _ONE_ID_SPACE or config.patient_map is not None
 
 
 def write_outputs(
@@ -97,7 +89,9 @@ def write_outputs(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         files = _mentions(output, config, records, scratch)
-        patients = _Patients(output, config, terminology, read_demographics, scratch, previous)
+        n_mentions = sum(record["mentions"] for record in records)
+        workers = config.workers if n_mentions >= _FOR_WORKERS else 1
+        patients = _Patients(output, config, terminology, read_demographics, scratch, previous, workers)
         files |= patients.write()
         # One sync for all phenopackets: a rename of each would cost a disk flush a patient.
         os.sync()
@@ -229,7 +223,7 @@ def _mentions(
 
 
 class _Patients:
-    """Writes patients/ and phenopackets/, one patient at a time."""
+    """Writes patients/, phenopackets/ and fhir/, some patients at a time."""
 
     def __init__(
         self,
@@ -239,21 +233,16 @@ class _Patients:
         read_demographics: Callable[[], Iterator[Patient]],
         scratch: Path,
         previous: Path | None,
+        workers: int,
     ) -> None:
         self.counts = {"patients": 0, "patient_concepts": 0, "phenopackets": 0}
         self._previous = previous
-        self._fhir = FhirWriter(
-            terminology=terminology.name,
-            version=terminology.version,
-            system=SYSTEM,
-            references=config.format == "fhir" and config.patient_map is None,
-            processed_on=config.processed_on,
-        )
         self._output, self._config, self._terminology = output, config, terminology
         self._read_demographics, self._scratch = read_demographics, scratch
-        self._held: list[dict[str, Any]] = []
+        self._workers = workers
+        self._gatherer = Gatherer(config, terminology)
+        self._held: list[pa.Table] = []
         self._written: dict[str, str] = {}
-        self._lines: dict[str, TextIO] = {}
 
     def write(self) -> dict[str, str]:
         """Write everything and return the digests of the tables."""
@@ -291,34 +280,25 @@ class _Patients:
         def key(row: Mapping[str, Any]) -> tuple[str, str]:
             return (row["institution"] if scoped else "", row["patient_id"])
 
-        groups = groupby(mentions, key)
-        group = next(groups, None)
-        unchanged = self._unchanged()
+        if self._gatherer.writes_packets:
+            (self._output / "phenopackets").mkdir(exist_ok=True)
         with ExitStack() as stack:
-            for name in _FHIR:
+            lines = {}
+            for name in RESOURCES:
                 path = self._scratch / f"{name}.ndjson"
-                self._lines[name] = stack.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+                lines[name] = stack.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
             register = stack.enter_context(
                 pq.ParquetWriter(self._scratch / "people.parquet", _PEOPLE_SCHEMA, compression="zstd")
             )
-            held: list[dict[str, Any]] = []
-            for row in people:
-                row["scope"] = row["scope"] if scoped else ""
-                wanted = (row["scope"], row["patient_id"])
-                found: list[dict[str, Any]] = []
-                if group is not None and group[0] == wanted:
-                    found = list(group[1])
-                    group = next(groups, None)
-                held.append({name: row[name] for name in _PEOPLE_SCHEMA.names})
-                if len(held) == _PATIENT_ROWS:
-                    register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
-                    held = []
-                self._patient(row, found, same=unchanged(*wanted, row["digest"]))
-            register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
+            batches = self._batches(people, groupby(mentions, key), scoped, register)
+            for gathered in gather(batches, self._gatherer, self._config, workers=self._workers):
+                for name, file in lines.items():
+                    file.write(gathered.lines[name])
+                self._take(gathered)
         self._flush()
         connection.close()
         (self._output / "fhir").mkdir()
-        for name in (*(f"fhir/{name}.ndjson" for name in _FHIR), "ledger/people.parquet"):
+        for name in (*(f"fhir/{name}.ndjson" for name in RESOURCES), "ledger/people.parquet"):
             os.replace(self._scratch / Path(name).name, self._output / name)
             self._written[name] = file_digest(self._output / name)
         return self._written
@@ -364,64 +344,64 @@ class _Patients:
             connection.execute("INSERT INTO demographics SELECT * FROM block")
             connection.unregister("block")
 
-    def _patient(self, person: Mapping[str, Any], mentions: list[dict[str, Any]], *, same: bool) -> None:
-        rows = patient_rows(person["patient_id"], mentions, self._terminology, propagate=self._config.propagate)
-        self.counts["patients"] += 1
-        self.counts["patient_concepts"] += len(rows)
-        self._held.extend(rows)
-        if len(self._held) >= _PATIENT_ROWS:
+    def _batches(
+        self,
+        people: Iterator[dict[str, Any]],
+        groups: Iterator[tuple[tuple[str, str], Iterator[dict[str, Any]]]],
+        scoped: bool,
+        register: pq.ParquetWriter,
+    ) -> Iterator[list[Found]]:
+        """Join people with their mentions, both in the same order, and note them in the register."""
+        unchanged = self._unchanged()
+        group = next(groups, None)
+        batch: list[Found] = []
+        held: list[dict[str, Any]] = []
+        for row in people:
+            row["scope"] = row["scope"] if scoped else ""
+            wanted = (row["scope"], row["patient_id"])
+            mentions: list[dict[str, Any]] = []
+            if group is not None and group[0] == wanted:
+                mentions = list(group[1])
+                group = next(groups, None)
+            held.append({name: row[name] for name in _PEOPLE_SCHEMA.names})
+            linked = unchanged(*wanted, row["digest"]) and self._link(packet_id(*wanted))
+            batch.append(Found(row, mentions, with_packet=not linked))
+            self.counts["patients"] += 1
+            if len(batch) == _AT_ONCE:
+                yield batch
+                batch = []
+            if len(held) == _PATIENT_ROWS:
+                register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
+                held = []
+        register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
+        yield batch
+
+    def _link(self, name: str) -> bool:
+        """Take a phenopacket of the earlier output over as the same file, and say whether that could be done."""
+        if self._previous is None or not self._gatherer.writes_packets:
+            return False
+        with contextlib.suppress(OSError):  # a file system without hard links: it is written again, with the same bytes
+            os.link(self._previous / "phenopackets" / file_name(name), self._packet_path(name))
+            self.counts["phenopackets"] += 1
+            return True
+        return False
+
+    def _packet_path(self, name: str) -> Path:
+        return self._output / "phenopackets" / file_name(name)
+
+    def _take(self, gathered: Gathered) -> None:
+        for name, data in gathered.packets:
+            # Not atomic: until ledger/outputs.json says that all are written, the folder is made anew.
+            self._packet_path(name).write_bytes(data)
+        self.counts["phenopackets"] += len(gathered.packets)
+        self.counts["patient_concepts"] += len(gathered.rows)
+        self._held.append(gathered.rows)
+        if sum(map(len, self._held)) >= _PATIENT_ROWS:
             self._flush()
-        stated = [row for row in rows if row["state"] in ("present", "excluded") and not row["propagated_from"]]
-        features = [_feature(row) for row in stated]
-        for feature in features:
-            for resource in self._fhir.resources(person["patient_id"], person["scope"], feature):
-                self._lines[resource["resourceType"]].write(to_line(resource))
-        if self._terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in self._terminology.roots):
-            self._phenopacket(person, features, same=same)
 
     def _flush(self) -> None:
         name = f"patients/part-{len(self._written):06d}.parquet"
-        if self._held or not self._written:
-            table = pa.Table.from_pylist(self._held, schema=PATIENTS_SCHEMA)
+        table = pa.concat_tables(self._held or [PATIENTS_SCHEMA.empty_table()]).combine_chunks()
+        if len(table) or not self._written:
             self._written[name] = write_table(self._output / name, table)
-            self._held = []
-
-    def _phenopacket(self, person: Mapping[str, Any], features: list[Feature], *, same: bool) -> None:
-        patient_id = person["patient_id"]
-        packet_id = f"{person['scope']}/{patient_id}" if person["scope"] else patient_id
-        path = self._output / "phenopackets" / file_name(packet_id)
-        path.parent.mkdir(exist_ok=True)
-        self.counts["phenopackets"] += 1
-        if same and self._previous is not None:
-            with contextlib.suppress(OSError):  # a file system without hard links gets a copy with the same bytes
-                os.link(self._previous / "phenopackets" / path.name, path)
-                return
-        created: datetime | None = person["latest"]
-        if self._config.processed_on is not None:
-            created = datetime.combine(self._config.processed_on, time(), UTC)
-        packet = phenopacket(
-            packet_id,
-            Patient(patient_id, person["sex"], person["birth_date"], person["death_date"]),
-            features,
-            hpo_version=self._terminology.version,
-            created=created,
-            created_by=SYSTEM,
-        )
-        # Not atomic: until ledger/outputs.json says that all are written, the folder is made anew.
-        path.write_bytes(to_json(packet))
-
-
-def _feature(row: Mapping[str, Any]) -> Feature:
-    excluded = row["state"] == "excluded"
-    carrying = [item for item in row["evidence"] if item["kind"] == ("denied" if excluded else "affirmed")]
-    return Feature(
-        concept_id=row["concept_id"],
-        label=row["label"],
-        excluded=excluded,
-        evidence=tuple(
-            Evidence(note_id, institution, written_at, tuple((item["start"], item["end"]) for item in items))
-            for (institution, note_id, written_at), items in groupby(
-                carrying, lambda item: (item["institution"], item["note_id"], item["written_at"])
-            )
-        ),
-    )
+        self._held = []

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from datetime import date
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinical_nlp.errors import ConfigError, InputError, MissingDataError, RunError, UsageError
-from clinical_nlp.extraction import extract, shards
+from clinical_nlp.extraction import extract, outputs, shards
 from clinical_nlp.extraction.plan import ExtractionConfig, cut
 from clinical_nlp.extraction.shards import DIED
 from clinical_nlp.language.mentions import Annotator
@@ -144,6 +145,31 @@ def test_any_number_of_workers_gives_the_same_bytes(export, options, tmp_path):
     assert len(list((tmp_path / "1" / "ledger").glob("*.json"))) == 5
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 200])
+def test_patients_that_are_gathered_in_workers_give_the_same_bytes(export, options, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(outputs, "_AT_ONCE", at_once)
+    extract(export, output=tmp_path / "1", propagate=True, **options)
+    monkeypatch.setattr(outputs, "_FOR_WORKERS", 0)
+    extract(export, output=tmp_path / "3", propagate=True, workers=3, **options)
+    assert tree(tmp_path / "1") == tree(tmp_path / "3")
+
+
+def test_a_worker_that_dies_while_patients_are_gathered(export, options, tmp_path, monkeypatch):
+    extract(export, output=tmp_path / "whole", **options)
+    monkeypatch.setattr(outputs, "_FOR_WORKERS", 0)
+    (tmp_path / "patched").mkdir()
+    (tmp_path / "patched" / "sitecustomize.py").write_text(
+        "import os\nfrom clinical_nlp.extraction.gathering import Gatherer\n"
+        "Gatherer.gather = lambda self, patients: os.kill(os.getpid(), 9)\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "patched"), prepend=os.pathsep)
+        with pytest.raises(RunError, match="a worker process died while patients were gathered"):
+            extract(export, output=tmp_path / "out", workers=2, **options)
+    extract(export, output=tmp_path / "out", workers=2, resume=True, **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_shard_size_does_not_change_what_is_found(export, options, tmp_path):
     extract(export, output=tmp_path / "a", **options)
     extract(export, output=tmp_path / "b", **{**options, "shard_notes": 1})
@@ -228,8 +254,6 @@ def test_with_one_worker_such_a_note_ends_the_batch_once(export, options, tmp_pa
 def test_rejected_notes_of_an_interrupted_batch_are_retried(export, options, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         poison_processes(tmp_path / "patched", patch, "os.kill(os.getpid(), 9)")
-        from clinical_nlp.extraction import outputs
-
         patch.setattr(outputs, "write_outputs", lambda *_, **__: (_ for _ in ()).throw(RunError("stopped")))
         with pytest.raises(RunError, match="stopped"):
             extract(export, output=tmp_path / "out", workers=2, **options)

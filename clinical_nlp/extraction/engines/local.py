@@ -1,4 +1,4 @@
-"""Shards on this machine: in this process, or in several worker processes with at most one shard each."""
+"""Work on this machine: in this process, or in several worker processes with at most one shard each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -15,7 +16,8 @@ from typing import Any
 
 from clinical_nlp.errors import RunError
 from clinical_nlp.extraction import STAGE
-from clinical_nlp.extraction.plan import Shard
+from clinical_nlp.extraction.gathering import Found, Gathered, Gatherer
+from clinical_nlp.extraction.plan import ExtractionConfig, Shard
 from clinical_nlp.extraction.shards import DIED, Annotated, Extractor, outcomes, to_annotate, write_shard
 
 
@@ -97,26 +99,7 @@ class _Pool:
         return None
 
     def _start(self) -> _Worker:
-        tasks_read, tasks_write = Pipe(duplex=False)
-        answers_read, answers_write = Pipe(duplex=False)
-        life_read, life_write = os.pipe()
-        kept = (tasks_read.fileno(), answers_write.fileno(), life_read)
-        begin = (
-            f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
-            "from clinical_nlp.extraction.engines.worker import main; main(sys.argv[1:])"
-        )
-        # What a library prints about its input would be note text in a log.
-        process = subprocess.Popen(
-            [sys.executable, "-c", begin, *map(str, kept), *self._arguments],
-            pass_fds=kept,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        tasks_read.close()
-        answers_write.close()
-        os.close(life_read)
-        return _Worker(process, tasks_write, answers_read, life_write)
+        return _start("notes", *self._arguments)
 
     def _send(self, worker: _Worker, shard: Shard) -> None:
         worker.shard = shard
@@ -176,3 +159,77 @@ class _Pool:
             if worker is not None:
                 worker.stop()
         return annotated
+
+
+def _start(*arguments: str) -> _Worker:
+    tasks_read, tasks_write = Pipe(duplex=False)
+    answers_read, answers_write = Pipe(duplex=False)
+    life_read, life_write = os.pipe()
+    kept = (tasks_read.fileno(), answers_write.fileno(), life_read)
+    begin = (
+        f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
+        "from clinical_nlp.extraction.engines.worker import main; main(sys.argv[1:])"
+    )
+    # What a library prints about its input would be note text in a log.
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin, *map(str, kept), *arguments],
+        pass_fds=kept,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    tasks_read.close()
+    answers_write.close()
+    os.close(life_read)
+    return _Worker(process, tasks_write, answers_read, life_write)
+
+
+def gather(
+    batches: Iterable[list[Found]], gatherer: Gatherer, config: ExtractionConfig, *, workers: int
+) -> Iterator[Gathered]:
+    """Gather patients, batch by batch, and yield what comes of them in order.
+
+    Parameters
+    ----------
+    batches : of patients; about one a worker is held at a time.
+    gatherer : does them in this process, with one worker.
+    config : of the batch.
+    workers : processes.
+
+    Raises
+    ------
+    RunError : a worker died.
+    """
+    if workers == 1:
+        yield from map(gatherer.gather, batches)
+        return
+    idle = [_start("patients", config.model_dump_json()) for _ in range(workers)]
+    busy: deque[_Worker] = deque()
+    try:
+        for worker in idle:
+            _heard(worker)
+        for batch in batches:
+            if not idle:
+                idle.append(busy.popleft())
+                yield _heard(idle[-1])
+            worker = idle.pop()
+            with contextlib.suppress(OSError):  # one that has died is noticed when it is heard
+                worker.tasks.send(("patients", batch))
+            busy.append(worker)
+        while busy:
+            idle.append(busy.popleft())
+            yield _heard(idle[-1])
+    finally:
+        for worker in (*idle, *busy):
+            worker.stop()
+
+
+def _heard(worker: _Worker) -> Any:
+    """Return what a worker that gathers patients answers."""
+    try:
+        kind, value = worker.answers.recv()
+    except (EOFError, OSError):
+        raise RunError("a worker process died while patients were gathered; add --resume, or try --workers 1") from None
+    if kind == "failed":
+        raise RunError(value)
+    return value

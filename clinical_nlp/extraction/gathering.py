@@ -1,0 +1,133 @@
+"""What comes of each patient: rows by the patient rule, FHIR resources, a phenopacket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, time
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from clinical_nlp.extraction.patients import PATIENTS_SCHEMA, patient_rows
+from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
+from clinical_nlp.language.terminology import Terminology
+from clinical_nlp.notes.schema import Patient
+from clinical_nlp.notes.writers.fhir import FhirWriter, to_line
+from clinical_nlp.notes.writers.phenopacket import Evidence, Feature, phenopacket, to_json
+
+RESOURCES = ("Condition", "Observation", "Provenance")
+"""The FHIR resource types that are written."""
+
+_ONE_ID_SPACE = ("fhir", "omop", "mimic")
+
+
+def patients_are_shared(config: ExtractionConfig) -> bool:
+    """Say whether one patient_id is one person throughout the source, whatever the institution.
+
+    True for the exports of one system (fhir, omop, mimic) and where a patient map says who is who. In a table or a
+    folder that was put together by hand, `1` of one institution is not `1` of another: merging two people is worse
+    than keeping one apart.
+    """
+    return config.format in _ONE_ID_SPACE or config.patient_map is not None
+
+
+def packet_id(scope: str, patient_id: str) -> str:
+    """Return how a patient is called where ids of all institutions meet."""
+    return f"{scope}/{patient_id}" if scope else patient_id
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A patient and the mentions of concepts in their notes, in the order in which evidence is listed.
+
+    `person` has scope, patient_id, sex, birth_date, death_date and latest (when the last note was written);
+    `with_packet` is False where the phenopacket is there already.
+    """
+
+    person: Mapping[str, Any]
+    mentions: Sequence[Mapping[str, Any]]
+    with_packet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What came of some patients: rows of `PATIENTS_SCHEMA`, NDJSON by resource type, packets by packet id."""
+
+    rows: pa.Table
+    lines: Mapping[str, str]
+    packets: tuple[tuple[str, bytes], ...]
+
+
+class Gatherer:
+    """Turns patients into outputs; the same patients give the same bytes, in whichever process.
+
+    Parameters
+    ----------
+    config, terminology : of the batch.
+    """
+
+    def __init__(self, config: ExtractionConfig, terminology: Terminology) -> None:
+        self._config, self._terminology = config, terminology
+        self._fhir = FhirWriter(
+            terminology=terminology.name,
+            version=terminology.version,
+            system=SYSTEM,
+            references=config.format == "fhir" and config.patient_map is None,
+            processed_on=config.processed_on,
+        )
+        self.writes_packets = terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in terminology.roots)
+
+    def gather(self, patients: Sequence[Found]) -> Gathered:
+        """Do some patients."""
+        rows: list[dict[str, Any]] = []
+        lines: dict[str, list[str]] = {name: [] for name in RESOURCES}
+        packets = []
+        for found in patients:
+            patient_id, scope = found.person["patient_id"], found.person["scope"]
+            own = patient_rows(patient_id, found.mentions, self._terminology, propagate=self._config.propagate)
+            rows += own
+            stated = [row for row in own if row["state"] in ("present", "excluded") and not row["propagated_from"]]
+            features = [_feature(row) for row in stated]
+            for feature in features:
+                for resource in self._fhir.resources(patient_id, scope, feature):
+                    lines[resource["resourceType"]].append(to_line(resource))
+            if found.with_packet and self.writes_packets:
+                packets.append((packet_id(scope, patient_id), self._packet(found.person, features)))
+        return Gathered(
+            pa.Table.from_pylist(rows, schema=PATIENTS_SCHEMA),
+            {name: "".join(own) for name, own in lines.items()},
+            tuple(packets),
+        )
+
+    def _packet(self, person: Mapping[str, Any], features: Sequence[Feature]) -> bytes:
+        created: datetime | None = person["latest"]
+        if self._config.processed_on is not None:
+            created = datetime.combine(self._config.processed_on, time(), UTC)
+        return to_json(
+            phenopacket(
+                packet_id(person["scope"], person["patient_id"]),
+                Patient(person["patient_id"], person["sex"], person["birth_date"], person["death_date"]),
+                features,
+                hpo_version=self._terminology.version,
+                created=created,
+                created_by=SYSTEM,
+            )
+        )
+
+
+def _feature(row: Mapping[str, Any]) -> Feature:
+    excluded = row["state"] == "excluded"
+    carrying = [item for item in row["evidence"] if item["kind"] == ("denied" if excluded else "affirmed")]
+    return Feature(
+        concept_id=row["concept_id"],
+        label=row["label"],
+        excluded=excluded,
+        evidence=tuple(
+            Evidence(note_id, institution, written_at, tuple((item["start"], item["end"]) for item in items))
+            for (institution, note_id, written_at), items in groupby(
+                carrying, lambda item: (item["institution"], item["note_id"], item["written_at"])
+            )
+        ),
+    )
