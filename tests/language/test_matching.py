@@ -2,6 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -193,3 +194,14 @@ def test_index_follows_its_source(matcher):
     few = sorted(terminology.matchable)[:500]
     assert Index.build(terminology, few).digest == Index.build(terminology, reversed(few)).digest
     assert Index.build(terminology, few).digest != Index.build(terminology, few[1:]).digest
+
+
+def test_time_is_linear_in_long_lists(matcher):
+    def seconds(items):
+        text = ", ".join(["pain", "short", "hands", "swelling"] * items) + " and fever"
+        began = time.process_time()
+        matcher.match(text)
+        return time.process_time() - began
+
+    seconds(100)
+    assert seconds(16_000) < 12 * max(seconds(4_000), 0.02)

@@ -14,6 +14,8 @@ _REACH = 6
 """Words of the first and of the last conjunct that are looked at."""
 _REPLACED = 2
 """Words that what is borrowed may stand away from the conjunction."""
+_FARTHEST = 8
+"""Conjuncts between the one that borrows and the one that lends."""
 _LONGEST = 3
 """Words of a name that one conjunct may bring along."""
 
@@ -32,7 +34,7 @@ def coordinated(
     for chain in _chains(reading, owner):
         single = [stop - start == 1 for start, stop in chain]
         for number, (start, stop) in enumerate(chain):
-            for other in range(number + 1, len(chain)):
+            for other in range(number + 1, min(len(chain), number + _FARTHEST)):
                 if (hit := _with_end(index, reading, owner, start, stop, *chain[other])) is not None:
                     yield *hit, None
                     break
@@ -41,7 +43,7 @@ def coordinated(
             held = owner.get(start)
             if held is not None and (held[1] - held[0] > 1 or len(chain) > 2 or reading.gaps[start] < CONJUNCTION):
                 continue
-            for other in range(number - 1, -1, -1):
+            for other in range(number - 1, max(-1, number - _FARTHEST), -1):
                 if (hit := _with_beginning(index, reading, *chain[other], start, stop)) is not None:
                     yield *hit, start if held is not None else None
                     break

@@ -132,10 +132,10 @@ class Matcher:
             inside = any(taken[first:last])
             if inside and not nested:
                 continue
+            if size > 1 and _unfinished(index, text, starts[last - 1], ends[last - 1]):
+                continue
             taken[first:last] = b"\1" * (last - first)
-            if index.guarded(text, starts[first], ends[last - 1]) or (
-                size > 1 and _unfinished(index, text, starts[last - 1], ends[last - 1])
-            ):
+            if index.guarded(text, starts[first], ends[last - 1]):
                 continue
             if not inside:
                 kept.append((first, last))
