@@ -129,6 +129,33 @@ def test_a_document_without_text_has_the_bias_as_its_score(base):
     np.testing.assert_allclose(found[0], model.head.bias.detach().numpy(), atol=1e-6)
 
 
+def test_a_code_whose_words_are_nowhere_attends_to_nothing(base):
+    model = model_of(base)
+    document = task().encode(["fever today and monday"], base.tokenizer)
+    states, mask = torch.randn(1, document.length, base.network.config.hidden_size), torch.ones(1, document.length) > 0
+    with torch.no_grad():
+        _, attention = model.head(states, mask)
+        assert (attention.sum(1) < 1).all()
+        model.head.nothing.fill_(1e4)
+        scores, attention = model.head(states, mask)
+    assert float(attention.max()) == 0
+    np.testing.assert_allclose(scores[0].numpy(), model.head.bias.detach().numpy(), atol=1e-6)
+
+
+def test_a_token_that_does_not_count_changes_no_code(base):
+    model = model_of(base)
+    width = base.network.config.hidden_size
+    states, mask = torch.randn(1, 6, width), torch.ones(1, 6) > 0
+    closed = torch.tensor([0.0, 0.0, -1e4, 0.0, 0.0, 0.0]).reshape(1, 6, 1)
+    model.head.counts.forward = lambda _: closed
+    with torch.no_grad():
+        scores, attention = model.head(states, mask)
+        states[0, 2] = torch.randn(width)
+        others, _ = model.head(states, mask)
+    assert float(attention[0, 2].max()) == 0
+    torch.testing.assert_close(scores, others)
+
+
 def test_untrained_scores_start_at_the_log_odds_of_training(base):
     counts = np.array([30, 3, 0])
     model = coding.build_model(base.network, task(seen=(True, True, False)), seed=0, counts=counts, n_documents=60)
