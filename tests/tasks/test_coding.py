@@ -132,7 +132,8 @@ def test_a_document_without_text_has_the_bias_as_its_score(base):
 def test_a_code_whose_words_are_nowhere_attends_to_nothing(base):
     model = model_of(base)
     document = task().encode(["fever today and monday"], base.tokenizer)
-    states, mask = torch.randn(1, document.length, base.network.config.hidden_size), torch.ones(1, document.length) > 0
+    states = torch.randn(1, document.length, base.network.config.hidden_size)
+    states, mask = torch.nn.functional.normalize(states, dim=-1), torch.ones(1, document.length) > 0
     with torch.no_grad():
         _, attention = model.head(states, mask)
         assert (attention.sum(1) < 1).all()
