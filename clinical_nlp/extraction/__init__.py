@@ -116,8 +116,8 @@ def extract(
     Returns
     -------
     Extraction. The directory holds `mentions/`, `note_nlp/`, `note_id_map.parquet`, `patients/`, `phenopackets/` (for
-    HPO), `notes/` (one row a record: done, skipped or rejected), `rejected/`, `ledger/`, `plan.json`, `config.yaml`
-    and `manifest.json`.
+    HPO), `fhir/`, `notes/` (one row a record: done, skipped or rejected), `rejected/`, `ledger/`, `plan.json`,
+    `config.yaml` and `manifest.json`.
 
     Raises
     ------
@@ -197,24 +197,24 @@ def _batch(
     if not catalog:
         if not source.exists():
             raise MissingDataError(f"{source} does not exist")
-        input_files(source, layout)
+        input_files(source, layout)  # a wrong format is told before a folder is
         if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
     terminology = load_terminology(config.terminology)
+
+    def planned() -> dict[str, Any]:
+        return make_plan(config, terminology=terminology, source=source, inputs=input_files(source, layout))
+
     if whole:
         if not catalog:
-            inputs = input_files(source, layout)
-            settle_plan(output, make_plan(config, terminology=terminology, source=source, inputs=inputs))
+            settle_plan(output, planned())
         say(f"{output} is already finished")
         return summary_of(output)
     if config.vocabulary is not None:
         from clinical_nlp.notes.writers.note_nlp import read_vocabulary
 
         read_vocabulary(Path(config.vocabulary))
-    plan = None
-    if not catalog:
-        inputs = input_files(source, layout)
-        plan = make_plan(config, terminology=terminology, source=source, inputs=inputs)
+    plan = {} if catalog else planned()
     fresh = not (output / "plan.json").exists()
     with (
         Run.open(output, config, recipe="extract", resume=resume) as run,
@@ -222,9 +222,7 @@ def _batch(
     ):
         if catalog:
             source = fetch_catalog(config, session, output / ".cache")
-            inputs = input_files(source, layout)
-            plan = make_plan(config, terminology=terminology, source=source, inputs=inputs)
-        assert plan is not None
+            plan = planned()
         settle_plan(output, plan)
         _clear_leftovers(output)
         if apart:  # what comes out may differ from what the outputs were made of
