@@ -55,8 +55,8 @@ _MEMORY = "512MB"
 _PATIENT_ROWS = 20_000
 _AT_ONCE = 200
 """Patients that are gathered at a time, in this process or in a worker."""
-_FOR_WORKERS = 50_000
-"""Mentions from which it is worth while to start workers for the patients."""
+_FOR_WORKERS = 300_000
+"""Mentions from which it is worth while to start workers for the patients: each loads the terminology first."""
 _DONE = "ledger/outputs.json"
 
 
