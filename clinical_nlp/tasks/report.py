@@ -583,30 +583,13 @@ def _listed(counts: dict[str, int]) -> str:
 def preference_rows(
     task: ReportTask, prompts: Sequence[list[int]], chosen: Sequence[str], rejected: Sequence[str], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Return preference pairs as tokens; those whose reports do not fit are left out.
-
-    Only what differs is compared, with the token that comes next: what two reports begin with belongs to their prompt,
-    and what they end with is left out. The rest of the report says nothing about the error, and its likelihood would
-    move all the same, and the model's wording with it.
-    """
+    """Return prompt, preferred and rejected report as tokens; pairs whose reports do not fit are left out."""
     good, bad = (task.encode_targets(texts, tokenizer) for texts in (chosen, rejected))
-    rows = []
-    for prompt, first, second in zip(prompts, good, bad, strict=True):
-        if max(len(first), len(second)) > task.max_new_tokens or first == second:
-            continue
-        most = min(len(first), len(second))
-        begin = next((place for place in range(most) if first[place] != second[place]), most)
-        same = (place for place in range(most - begin) if first[-1 - place] != second[-1 - place])
-        tail = max(0, next(same, most - begin) - 1)
-        ends = len(first) - tail, len(second) - tail
-        rows.append(
-            {
-                "prompt_ids": [*prompt, *first[:begin]],
-                "chosen_ids": first[begin : ends[0]],
-                "rejected_ids": second[begin : ends[1]],
-            }
-        )
-    return rows
+    return [
+        {"prompt_ids": list(prompt), "chosen_ids": first, "rejected_ids": second}
+        for prompt, first, second in zip(prompts, good, bad, strict=True)
+        if max(len(first), len(second)) <= task.max_new_tokens and first != second
+    ]
 
 
 def log_likelihoods(
