@@ -29,8 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     "codiesp, encoder, head": {
         "corpus.name": "codiesp", "strategy.name": "head", "training.epochs": 5, "baselines": ["tfidf", "zero_shot"],
     },
-    "synthetic, encoder, head": {
-        "corpus.options": {"institutions": 1, "patients": 400}, "strategy.name": "head", "training.epochs": 6,
+    "synthetic, encoder, full": {
+        "corpus.options": {"institutions": 1, "patients": 800}, "strategy.name": "full", "training.epochs": 4,
+        "training.learning_rate": 2e-4, "training.head_learning_rate": 2e-3, "training.save_steps": 60,
         "baselines": ["tfidf"],
     },
     "codiesp, builtin:tiny, qlora": {
