@@ -2,7 +2,7 @@
 
     python killing.py points SOURCE FOLDER OPTIONS EVERY     at every EVERY-th write, fsync and rename of this process
     python killing.py workers SOURCE FOLDER OPTIONS EVERY    the same in a worker, which the others survive
-    python killing.py random SOURCE FOLDER OPTIONS COUNT     at random times, the whole process group
+    python killing.py random SOURCE FOLDER OPTIONS COUNT     at random moments, the whole process group
 
 The libraries are imported once; each extraction runs in a fork. Prints one line a kill: where, how many shards were
 committed then, how many of them the resumed call took over, and whether the output is that of an undisturbed call.
@@ -147,7 +147,7 @@ def main() -> None:
     began = time.monotonic()
     assert finish(fork(lambda: extract(source, output=folder / "whole", **options))) == 0
     lasts = time.monotonic() - began
-    whole = tree(folder / "whole")
+    whole, n_shards = tree(folder / "whole"), committed(folder / "whole")
     generator = random.Random(number)
 
     def report(where: str, output: Path, done: int, reused: int) -> None:
@@ -159,7 +159,11 @@ def main() -> None:
         for place in range(number):
             output = folder / f"r{place}"
             child = fork(lambda output=output: extract(source, output=output, **options))  # type: ignore[misc]
-            time.sleep(generator.uniform(0.0, 1.0) * lasts)
+            # After a random number of commits and a random while: most of the time alone goes into starting workers.
+            shards = generator.randint(0, n_shards)
+            while committed(output) < shards and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                time.sleep(0.0005)
+            time.sleep(generator.uniform(0.0, 0.3 * lasts if shards in (0, n_shards) else 0.03))
             os.killpg(child, signal.SIGKILL)
             finish(child)
             done, ended = committed(output), (output / "manifest.json").exists()

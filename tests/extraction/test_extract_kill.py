@@ -80,4 +80,4 @@ def test_killed_at_random_times(export, options, tmp_path, workers, count):
     killed = [(committed, reused) for where, committed, reused in rows if where == "killed"]
     assert len(killed) > count / 2
     assert all(reused in (committed, 0) for committed, reused in killed)
-    assert any(0 < reused < 14 for _, reused in killed), rows
+    assert sum(0 < reused < 14 for _, reused in killed) > count / 5, rows
