@@ -236,9 +236,9 @@ def build_model(
             if task.head == "label_attention":
                 self.query = torch.nn.Parameter(torch.randn(n_codes, width) * max(scale * 5, 0.0))
                 self.key = torch.nn.Parameter(torch.eye(width))
-                last = torch.nn.Linear(_GATE, 1, bias=False)
+                first, last = torch.nn.Linear(width, _GATE), torch.nn.Linear(_GATE, 1, bias=False)
                 torch.nn.init.zeros_(last.weight)
-                self.counts = torch.nn.Sequential(torch.nn.Linear(width, _GATE), torch.nn.GELU(), last)
+                self.counts = torch.nn.Sequential(first, torch.nn.GELU(), last)
                 self.nothing = torch.nn.Parameter(torch.tensor(_NOTHING))
                 if known is not None:
                     self.ask = torch.nn.Parameter(torch.eye(width) * _ASK)
