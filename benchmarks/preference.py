@@ -26,6 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "planted": {"preference.pairs": 900, "preference.learning_rate": 1.5e-5},
     "own": {"preference.pairs": 0, "preference.own": 1500, "preference.epochs": 2.0},
     "planted_and_own": {"preference.pairs": 1000, "preference.own": 1000},
+    "swapped": {"preference.pairs": 3000, "preference.errors": ["finding_swapped"], "preference.learning_rate": 3e-5},
     "control": {"preference.pairs": 1000, "preference.own": 1000, "preference.beta": 1e-6},
 }
 """`control` has the pairs of `planted_and_own` and learns their references alone: such a beta gives DPO no gradient."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 from clinical_nlp.extraction.patients import PATIENTS_SCHEMA, patient_rows
 from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
 from clinical_nlp.language.terminology import Terminology
+from clinical_nlp.language.terminology.hpo import ROOT
 from clinical_nlp.notes.schema import Patient
 from clinical_nlp.notes.writers.fhir import FhirWriter, to_line
 from clinical_nlp.notes.writers.phenopacket import Evidence, Feature, phenopacket, to_json
@@ -77,6 +78,8 @@ class Gatherer:
             references=config.format == "fhir" and config.patient_map is None,
             processed_on=config.processed_on,
         )
+        # Inheritance and onset (`hpo_wide`) stand in patients/, but are nothing that a patient has.
+        self._abnormalities = terminology.descendants(ROOT) if ROOT in terminology else None
         self.writes_packets = terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in terminology.roots)
 
     def gather(self, patients: Sequence[Found]) -> Gathered:
@@ -89,7 +92,11 @@ class Gatherer:
             own = patient_rows(patient_id, found.mentions, self._terminology, propagate=self._config.propagate)
             rows += own
             stated = [row for row in own if row["state"] in ("present", "excluded") and not row["propagated_from"]]
-            features = [_feature(row) for row in stated]
+            features = [
+                _feature(row)
+                for row in stated
+                if self._abnormalities is None or row["concept_id"] in self._abnormalities
+            ]
             for feature in features:
                 for resource in self._fhir.resources(patient_id, scope, feature):
                     lines[resource["resourceType"]].append(to_line(resource))

@@ -114,6 +114,21 @@ def test_patients_and_phenopackets(export, options, tmp_path):
     assert [item.reference.id for item in fever.evidence] == ["a1", "a2"]
 
 
+def test_how_a_trait_is_inherited_is_no_finding_of_the_patient(tmp_path):
+    (tmp_path / "notes.csv").write_text(
+        "note_id,patient_id,institution,text\n"
+        "n,p,h,Autosomal dominant inheritance. Childhood onset seizures. No fever.\n"
+    )
+    extract(tmp_path / "notes.csv", output=tmp_path / "out", format="table", terminology="hpo_wide")
+    inheritance, onset, seizure, fever = "HP:0000006", "HP:0011463", "HP:0001250", "HP:0001945"
+    assert {row["concept_id"] for row in rows(tmp_path / "out", "patients")} == {inheritance, onset, seizure, fever}
+    (packet,) = (tmp_path / "out" / "phenopackets").iterdir()
+    features = json.loads(packet.read_bytes())["phenotypicFeatures"]
+    assert {feature["type"]["id"] for feature in features} == {seizure, fever}
+    conditions = (tmp_path / "out" / "fhir" / "Condition.ndjson").read_text()
+    assert seizure in conditions and onset not in conditions and inheritance not in conditions
+
+
 def test_copied_sentences_point_to_the_first_note(export, options, tmp_path):
     extract(export, output=tmp_path / "out", **options)
     copied = {(row["note_id"], row["text"]): row["copied_from"] for row in rows(tmp_path / "out", "mentions")}

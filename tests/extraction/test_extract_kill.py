@@ -57,7 +57,7 @@ def kill(mode, export, options, folder, number, *, workers=1):
 def test_killed_at_every_write_fsync_and_rename(export, options, tmp_path, workers, every):
     rows = kill("points", export, {**options, "shard_notes": 8}, tmp_path, every, workers=workers)
     # With workers the shards are written elsewhere: plan, outputs, ledger of outputs and manifest are left.
-    assert (len(rows) + 1) * every > (60 if workers == 1 else 30)
+    assert len(rows) * every >= (60 if workers == 1 else 30)
     # What was committed is never done again, but where the outputs are made and the staged shards are gone.
     assert all(reused in (committed, 0) for _, committed, reused in rows)
     if workers == 1:

@@ -281,7 +281,7 @@ def fit(output, folder, rows, *, resume=False, strategy="lora", max_steps=10):
 
 
 def test_it_learns_which_word_is_which_code_and_shows_it(tmp_path, folders):
-    model, base = fit(tmp_path / "run", folders["encoder"], made_up(80), max_steps=700)
+    model, base = fit(tmp_path / "run", folders["encoder"], made_up(80), max_steps=300)
     rows = made_up(30, seed=9)
     documents = [task().encode(texts, base.tokenizer) for texts, _ in rows]
     said = logits(model, base, documents) > 0
