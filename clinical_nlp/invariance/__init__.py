@@ -6,7 +6,7 @@ OBJECTIVES = {
 """Objective -> what it is for."""
 
 ERASERS = {
-    "leace": "the smallest linear change after which no linear probe gains from the vectors; needs no institution later",
+    "leace": "the smallest linear change after which no linear probe gains; needs no institution later",
     "mean_centring": "every institution's mean moved to the common one; needs the institution of each note later",
     "inlp": "the directions of one linear classifier after another projected out; takes more than leace",
 }

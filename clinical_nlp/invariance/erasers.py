@@ -177,9 +177,9 @@ class _Sums:
 class EraserFitter:
     """Accumulates what the three erasers need, in memory that does not grow with the notes: 2 d^2 + k d numbers.
 
-    Every patient weighs 1, whatever the number of their notes; so all notes of a patient come in one batch. Institutions
-    are names, and are one-hot encoded here: as integers in one column, three institutions would lose one direction of
-    the two that tell them apart.
+    Every patient weighs 1, whatever the number of their notes; so all notes of a patient come in one batch.
+    Institutions are names, and are one-hot encoded here: as integers in one column, three institutions would lose one
+    direction of the two that tell them apart.
     """
 
     def __init__(self) -> None:
@@ -264,7 +264,8 @@ class EraserFitter:
         shrinkage : leace: shrink the covariance towards a multiple of the identity, by as much as the number of
             patients asks for (OAS). The institution is linearly gone on the fitted notes with and without; shrinkage
             governs what else is moved, where there are few patients for so many dimensions.
-        n_directions : inlp: take away that many dimensions, whether they still tell anything or not; default: until nothing is left that a held-out fifth of the patients confirms.
+        n_directions : inlp: take away that many dimensions, whether they still tell anything or not; default: until
+            nothing is left that a held-out fifth of the patients confirms.
 
         Raises
         ------
@@ -287,8 +288,8 @@ class EraserFitter:
     def _check(self) -> None:
         if len(self._people) < 2:
             raise TooFewPatientsError(
-                f"an eraser needs notes of at least 2 institutions (got {len(self._people)}): with one there is nothing "
-                "to tell apart"
+                f"an eraser needs notes of at least 2 institutions (got {len(self._people)}): with one there is "
+                "nothing to tell apart"
             )
         least = min(self._people, key=lambda name: (self._people[name], name))
         if self._people[least] < 2:
@@ -385,7 +386,7 @@ class EraserFitter:
 
 
 def _kept_for_checking(patient: str) -> bool:
-    """Whether a patient is of the fifth on which inlp decides to stop; by id, so that batches and order do not matter."""
+    """Whether a patient is of the fifth on which inlp decides to stop; by id, so that the order does not matter."""
     return hashlib.blake2b(patient.encode("utf-8", "surrogatepass"), digest_size=4).digest()[0] % 5 == 0
 
 
@@ -396,10 +397,8 @@ def _explained(sums: _Sums, weights: np.ndarray, projector: np.ndarray) -> float
     """
     share, _, covariance, cross = sums.moments()
     variance = float((share * (1 - share)).sum())
-    explained = 2 * np.sum(weights * (projector @ cross)) - np.sum(
-        weights * (projector @ covariance @ projector @ weights)
-    )
-    return float(explained / variance)
+    guess = projector @ weights
+    return float((2 * np.sum(guess * cross) - np.sum(guess * (covariance @ guess))) / variance)
 
 
 def _oas(covariance: np.ndarray, n: int) -> float:
