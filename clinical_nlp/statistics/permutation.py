@@ -19,6 +19,10 @@ class PermutationPlan:
     Notes of one patient resemble each other, so permuting notes finds "drift" between identical institutions almost
     always; here every patient moves with all of their notes.
 
+    What moves is a row: the notes of one patient at one institution. A patient seen in both institutions is refused,
+    unless the plan is `paired`: then they have two rows, which are only ever swapped with each other, while patients
+    of one institution are exchanged among themselves. Statistics leave pairs of one patient out.
+
     Parameters
     ----------
     patient_ids, institutions : one entry a note; exactly two institutions.
@@ -26,10 +30,12 @@ class PermutationPlan:
     strata : one label a note, the same for all notes of a patient; patients are exchanged only within a stratum.
     n_permutations : relabellings besides the observed one.
     seed : of the relabellings.
+    paired : swap the two sides of a patient who has notes in both institutions.
 
     Raises
     ------
-    InputError : a patient has notes in both institutions, or in two strata.
+    InputError : a note has no patient or no institution, or a patient has notes in both institutions (unless
+        `paired`) or in two strata.
     TooFewPatientsError : fewer than two patients in an institution.
     UsageError : the arguments do not fit together.
     """
@@ -40,24 +46,26 @@ class PermutationPlan:
     strata: Sequence[object] | None = field(default=None, repr=False)
     n_permutations: int = 999
     seed: int = 0
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if len(self.patient_ids) != len(self.institutions):
             raise UsageError(f"{len(self.patient_ids)} patient ids for {len(self.institutions)} institutions")
         if self.n_permutations < 1:
             raise UsageError(f"n_permutations must be at least 1 (got {self.n_permutations})")
+        _refuse_missing(self.patient_ids, "patient id")
+        _refuse_missing(self.institutions, "institution")
         names = sorted(set(self.institutions))
         if len(names) != 2:
             raise UsageError(f"a two-sample test compares exactly 2 institutions (got {len(names)})")
         if self.reference is not None and self.reference not in names:
             raise UsageError(f"reference {self.reference!r} is not one of {names[0]!r} and {names[1]!r}")
-        share = np.bincount(self.note_patient, weights=self._note_is_target) / self.notes_per_patient
-        both = int(((share > 0) & (share < 1)).sum())
-        if both:
+        both = int(np.count_nonzero(np.bincount(self.row_person) > 1))
+        if both and not self.paired:
             raise InputError(
-                f"{both} of {len(share)} patients have notes in both institutions, and a patient can stand on one side "
-                "only: leave them out (patient_in_two=drop), or count each where most of their notes are "
-                "(patient_in_two=majority)"
+                f"{both} of {self.n_people} patients have notes in both institutions, and a patient can stand on one "
+                "side only: leave them out (patient_in_two=drop), count each where most of their notes are "
+                "(patient_in_two=majority), or swap their two sides within them (a plan with paired=True)"
             )
         if min(self.n_patients) < 2:
             raise TooFewPatientsError(
@@ -79,35 +87,55 @@ class PermutationPlan:
         return reference, next(name for name in names if name != reference)
 
     @cached_property
+    def _people(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.unique(np.asarray(self.patient_ids, dtype=str), return_inverse=True)
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """2 x person + side of each row, and each note's row."""
+        side = np.asarray(self.institutions, dtype=str) == self.names[1]
+        return np.unique(2 * self._people[1] + side, return_inverse=True)
+
+    @cached_property
     def patients(self) -> np.ndarray:
-        """(n_patients,) sorted ids."""
-        return np.unique(np.asarray(self.patient_ids, dtype=str))
+        """(n_rows,) the id of each row's patient, sorted; in a paired plan a patient may be there twice in a row."""
+        return np.asarray(self._people[0][self.row_person])
+
+    @cached_property
+    def row_person(self) -> np.ndarray:
+        """(n_rows,) number of each row's patient, 0 ... n_people - 1."""
+        return self._rows[0] // 2
+
+    @cached_property
+    def n_people(self) -> int:
+        """Patients, each counted once."""
+        return len(self._people[0])
+
+    @cached_property
+    def twins(self) -> np.ndarray:
+        """(n_pairs, 2) rows of each patient seen in both institutions: at the reference, at the other."""
+        first = np.flatnonzero(self.row_person[1:] == self.row_person[:-1])
+        return np.column_stack([first, first + 1])
 
     @cached_property
     def note_patient(self) -> np.ndarray:
-        """(n_notes,) row of each note's patient in `patients`."""
-        return np.searchsorted(self.patients, np.asarray(self.patient_ids, dtype=str))
+        """(n_notes,) row of each note in `patients`."""
+        return self._rows[1]
 
     @cached_property
     def notes_per_patient(self) -> np.ndarray:
-        """(n_patients,) number of notes."""
+        """(n_rows,) number of notes."""
         return np.bincount(self.note_patient)
 
     @cached_property
     def note_weight(self) -> np.ndarray:
-        """(n_notes,) one over the number of notes of its patient: every patient weighs 1."""
+        """(n_notes,) one over the number of notes of its row: every patient weighs 1 at an institution."""
         return 1.0 / self.notes_per_patient[self.note_patient]
 
     @cached_property
-    def _note_is_target(self) -> np.ndarray:
-        return np.asarray(self.institutions, dtype=str) == self.names[1]
-
-    @cached_property
     def is_target(self) -> np.ndarray:
-        """(n_patients,) bool, True where the patient is of the other institution."""
-        found = np.zeros(len(self.patients), dtype=bool)
-        found[self.note_patient] = self._note_is_target
-        return found
+        """(n_rows,) bool, True where the row is of the other institution."""
+        return np.asarray(self._rows[0] % 2 == 1)
 
     @cached_property
     def n_patients(self) -> tuple[int, int]:
@@ -116,7 +144,7 @@ class PermutationPlan:
 
     @cached_property
     def patient_stratum(self) -> np.ndarray:
-        """(n_patients,) int."""
+        """(n_rows,) int."""
         found = np.zeros(len(self.patients), dtype=int)
         if self.strata is not None:
             found[self.note_patient] = np.unique(np.asarray(self.strata, dtype=str), return_inverse=True)[1]
@@ -124,18 +152,28 @@ class PermutationPlan:
 
     @cached_property
     def membership(self) -> np.ndarray:
-        """(n_patients, 1 + n_permutations) bool, True where a patient counts as of the other institution.
+        """(n_rows, 1 + n_permutations) bool, True where a row counts as of the other institution.
 
-        Column 0 is what was observed; the others exchange labels within strata.
+        Column 0 is what was observed; the others exchange labels within strata, and within patients who have two rows.
         """
         columns = np.empty((len(self.patients), self.n_permutations + 1), dtype=bool)
         columns[:, 0] = self.is_target
         generator = np.random.default_rng(self.seed)
-        for stratum in range(self.patient_stratum.max() + 1):
-            rows = np.flatnonzero(self.patient_stratum == stratum)
+        for rows in self._exchangeable:
             tiled = np.repeat(self.is_target[rows][:, None], self.n_permutations, axis=1)
             columns[rows, 1:] = generator.permuted(tiled, axis=0)
+        if len(self.twins):
+            swapped = generator.random((len(self.twins), self.n_permutations)) < 0.5
+            columns[self.twins[:, 0], 1:], columns[self.twins[:, 1], 1:] = swapped, ~swapped
         return columns
+
+    @cached_property
+    def _exchangeable(self) -> list[np.ndarray]:
+        """Of each stratum the rows of patients seen in one institution."""
+        alone = np.ones(len(self.patients), dtype=bool)
+        alone[self.twins] = False
+        strata = range(self.patient_stratum.max() + 1)
+        return [np.flatnonzero(alone & (self.patient_stratum == stratum)) for stratum in strata]
 
     @cached_property
     def smallest_p(self) -> float:
@@ -143,12 +181,12 @@ class PermutationPlan:
 
         All tests here are blind to which side is called reference, so with equal sides every relabelling has a twin.
         """
-        ways, twins = 1, True
-        for stratum in range(self.patient_stratum.max() + 1):
-            inside = self.is_target[self.patient_stratum == stratum]
-            ways *= math.comb(len(inside), int(inside.sum()))
-            twins &= 2 * int(inside.sum()) == len(inside)
-        return min(1.0, max(1 / (self.n_permutations + 1), (2 if twins else 1) / ways))
+        ways, mirrored = 2 ** len(self.twins), True
+        for rows in self._exchangeable:
+            inside = int(self.is_target[rows].sum())
+            ways *= math.comb(len(rows), inside)
+            mirrored &= 2 * inside == len(rows)
+        return min(1.0, max(1 / (self.n_permutations + 1), (2 if mirrored else 1) / ways))
 
     def p_value(self, values: np.ndarray) -> float:
         """Return (1 + #{permuted >= observed}) / (permutations + 1) for one value a column of `membership`.
@@ -161,8 +199,16 @@ class PermutationPlan:
         if math.isnan(observed):
             return math.nan
         # Relabellings that amount to the observed one differ from it by rounding; they must count.
-        slack = 1e-9 * max(1e-12, float(np.nanstd(permuted)), abs(observed) * 1e-3)
+        finite = permuted[np.isfinite(permuted)]
+        spread = float(finite.std()) if len(finite) else 0.0
+        slack = 1e-9 * max(1e-12, spread, abs(observed) * 1e-3) if math.isfinite(observed) else 0.0
         return float((1 + np.count_nonzero(~(permuted < observed - slack))) / (len(permuted) + 1))
+
+
+def _refuse_missing(labels: Sequence[str], what: str) -> None:
+    missing = sum(label is None or label == "" or label != label for label in labels)
+    if missing:
+        raise InputError(f"{missing} of {len(labels)} notes have no {what}: fill the column, or leave these notes out")
 
 
 def profile_strata(

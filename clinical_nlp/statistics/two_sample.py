@@ -7,11 +7,13 @@ tests over all notes are approximate; a plan over one random note a patient is e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from clinical_nlp.errors import UsageError
+from clinical_nlp.errors import TooFewPatientsError, UsageError
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
 from clinical_nlp.statistics.permutation import PermutationPlan
 
@@ -47,7 +49,7 @@ class TestResult:
     note: str = ""
 
 
-def _result(
+def as_result(
     name: str,
     plan: PermutationPlan,
     values: np.ndarray,
@@ -58,6 +60,7 @@ def _result(
     high: float = math.nan,
     note: str = "",
 ) -> TestResult:
+    """Return the result of a test from the statistic of every relabelling, the observed one first."""
     permuted = values[1:][np.isfinite(values[1:])]
     return TestResult(
         name=name,
@@ -65,7 +68,7 @@ def _result(
         p_value=plan.p_value(values),
         null_mean=float(permuted.mean()) if len(permuted) else math.nan,
         null_sd=float(permuted.std(ddof=1)) if len(permuted) > 1 else math.nan,
-        n_units=len(plan.patients),
+        n_units=plan.n_people,
         n_notes=len(plan.note_patient),
         n_permutations=plan.n_permutations,
         smallest_p=plan.smallest_p,
@@ -77,7 +80,8 @@ def _result(
     )
 
 
-def _checked(features: np.ndarray, plan: PermutationPlan) -> np.ndarray:
+def checked_features(features: np.ndarray, plan: PermutationPlan) -> np.ndarray:
+    """Return (n_notes, d) float64 features, or say what is wrong with them."""
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or len(features) != len(plan.note_patient):
         raise UsageError(f"features have shape {features.shape}; they need one row for each of the plan's notes")
@@ -86,11 +90,17 @@ def _checked(features: np.ndarray, plan: PermutationPlan) -> np.ndarray:
     return features
 
 
-def _patient_means(values: np.ndarray, plan: PermutationPlan) -> np.ndarray:
-    """Average note rows (n_notes, k) within patients: (n_patients, k)."""
-    means = np.zeros((len(plan.patients), values.shape[1]))
-    np.add.at(means, plan.note_patient, values * plan.note_weight[:, None])
-    return means
+def patient_means(values: np.ndarray, plan: PermutationPlan) -> np.ndarray:
+    """Average notes (n_notes, k) within the rows of the plan: (n_rows, k)."""
+    return np.asarray(_averaging(plan) @ values)
+
+
+def _averaging(plan: PermutationPlan) -> Any:
+    """(n_rows, n_notes) sparse; multiplied with values of the notes it averages them within patients."""
+    from scipy import sparse
+
+    shape = (len(plan.patients), len(plan.note_patient))
+    return sparse.csr_array((plan.note_weight, (plan.note_patient, np.arange(shape[1]))), shape=shape)
 
 
 # Domain classifier ---------------------------------------------------------------------------------------------------
@@ -121,7 +131,7 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
     Lopez-Paz and Oquab 2017, Revisiting Classifier Two-Sample Tests, arXiv 1610.06545.
     DeLong, DeLong and Clarke-Pearson 1988, Biometrics 44.
     """
-    features = _checked(features, plan)
+    features = checked_features(features, plan)
     n_patients = len(plan.patients)
     n_folds = max(2, min(n_folds, n_patients // 2))
     fold_of = np.random.default_rng([plan.seed, 1]).permutation(n_patients) % n_folds
@@ -162,7 +172,7 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
                 placement[inside] = sums[inside]
     auc = np.divide(won, pairs, out=np.full(len(won), 0.5), where=pairs > 0)
     low, high, note = _auc_interval(auc, placement, plan)
-    return _result(
+    return as_result(
         "domain_classifier",
         plan,
         auc,
@@ -247,11 +257,13 @@ def mmd_test(features: np.ndarray, plan: PermutationPlan) -> TestResult:
     ----------
     Gretton et al. 2012, A Kernel Two-Sample Test, JMLR 13, eq. 3.
     """
-    features = _checked(features, plan)
+    features = checked_features(features, plan)
     values = _mmd2(patient_kernel(features, plan), plan.membership)
-    result = _result("mmd", plan, values, effect=math.nan, effect_unit="", note="no valid interval exists for this")
+    result = as_result("mmd", plan, values, effect=math.nan, effect_unit="", note="no valid interval exists for this")
     effect = (result.statistic - result.null_mean) / result.null_sd if result.null_sd > 0 else math.nan
-    return _result("mmd", plan, values, effect=effect, effect_unit="standard deviations of the null", note=result.note)
+    return as_result(
+        "mmd", plan, values, effect=effect, effect_unit="standard deviations of the null", note=result.note
+    )
 
 
 def median_distance(features: np.ndarray, plan: PermutationPlan, *, at_most: int = 1000) -> float:
@@ -359,35 +371,75 @@ def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_u
     values = np.asarray(values, dtype=np.float64)
     if values.shape != plan.note_patient.shape or not (values > 0).all():
         raise UsageError(f"{name}: values must be positive, one for each of the plan's notes")
-    logs = _patient_means(np.log(values)[:, None], plan)[:, 0]
-    difference, error, freedom = _welch(logs, plan.membership)
-    with np.errstate(all="ignore"):
-        statistic = np.where(error > 1e-12, np.abs(difference) / error, np.where(np.abs(difference) > 1e-12, np.inf, 0))
+    logs = patient_means(np.log(values)[:, None], plan)
+    difference, error, freedom = (found[0] for found in _studentised(logs, plan))
     low = high = math.nan
     note = ""
-    if error[0] <= 1e-12:
+    if error[0] == 0:
         note = "no interval: the patients of each institution are all alike"
     elif min(plan.n_patients) < _FEWEST_FOR_T:
         note = f"no interval: fewer than {_FEWEST_FOR_T} patients in an institution"
     if not note:
         reach = stats.t.ppf(0.975, freedom[0]) * error[0]
         low, high = math.exp(difference[0] - reach), math.exp(difference[0] + reach)
-    return _result(
+    statistic = _absolute_t(difference, error)
+    return as_result(
         name, plan, statistic, effect=math.exp(difference[0]), effect_unit=effect_unit, low=low, high=high, note=note
     )
 
 
-def _welch(values: np.ndarray, membership: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    target = membership.astype(np.float64)
-    values = values - values.mean()
-    n = np.stack([len(values) - target.sum(axis=0), target.sum(axis=0)])
-    sums = np.stack([values.sum() - values @ target, values @ target])
-    squares = np.stack([(values**2).sum() - values**2 @ target, values**2 @ target])
-    variance = np.maximum(squares - sums**2 / n, 0) / (n - 1) / n
-    means = sums / n
+def _studentised(values: np.ndarray, plan: PermutationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Difference of patients' means, its standard error, and Welch's degrees of freedom, for every relabelling.
+
+    Parameters
+    ----------
+    values : (n_rows, k), NaN where a quantity was not measured.
+
+    Returns
+    -------
+    Three (k, 1 + n_permutations) arrays. A patient seen in both institutions makes the two means covary, and the
+    error allows for it. NaN where a side has fewer than two patients.
+    """
+    labels = plan.membership.astype(np.float64)
+    there = np.isfinite(values)
+    everywhere = np.maximum(there.sum(axis=0), 1)
+    values = np.where(there, values, 0.0)
+    values = np.where(there, values - values.sum(axis=0) / everywhere, 0.0)
+    # What differs by rounding only is the same.
+    values = np.where(np.abs(values) > 1e-12 * np.maximum(1.0, np.abs(values).max(axis=0, initial=0.0)), values, 0.0)
+    n, sums, squares = (_both_sides(part, labels) for part in (there.astype(np.float64), values, values**2))
     with np.errstate(all="ignore"):
+        means = sums / n
+        variance = np.maximum(squares - sums * means, 0) / (n - 1) / n
         freedom = variance.sum(axis=0) ** 2 / (variance**2 / (n - 1)).sum(axis=0)
-    return means[1] - means[0], np.sqrt(variance.sum(axis=0)), freedom
+        total = variance.sum(axis=0)
+        if len(plan.twins):
+            paired = np.zeros_like(there)
+            paired[plan.twins] = (there[plan.twins[:, 0]] & there[plan.twins[:, 1]])[:, None]
+            first, second = values[plan.twins[:, 0]], values[plan.twins[:, 1]]
+            products = (first * second * paired[plan.twins[:, 0]]).sum(axis=0)[:, None]
+            of_pairs = _both_sides(np.where(paired, values, 0.0), labels)
+            n_pairs = paired[plan.twins[:, 0]].sum(axis=0)[:, None]
+            covariance = products - means[0] * of_pairs[1] - means[1] * of_pairs[0] + n_pairs * means[0] * means[1]
+            total = total - 2 * covariance / np.sqrt((n * (n - 1)).prod(axis=0))
+            freedom = np.where(n_pairs > 0, n.min(axis=0) - 1, freedom)
+        # Rounding leaves crumbs where everything cancels.
+        total = np.where(total > 1e-24 * np.maximum(1.0, (squares / n).max(axis=0)), total, 0.0)
+        usable = n.min(axis=0) >= 2
+        found = (means[1] - means[0], np.sqrt(total), freedom)
+        return tuple(np.where(usable, part, math.nan) for part in found)  # type: ignore[return-value]
+
+
+def _both_sides(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sums over the rows of each side, (2, k, columns)."""
+    target = values.T @ labels
+    return np.stack([values.sum(axis=0)[:, None] - target, target])
+
+
+def _absolute_t(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        whole = np.where(np.abs(difference) > 1e-12, np.inf, 0.0)
+        return np.where(np.isnan(error), math.nan, np.where(error > 0, np.abs(difference) / error, whole))
 
 
 def length_test(words: np.ndarray, plan: PermutationPlan) -> TestResult:
@@ -398,6 +450,236 @@ def length_test(words: np.ndarray, plan: PermutationPlan) -> TestResult:
 def utilisation_test(notes_per_patient: np.ndarray, plan: PermutationPlan) -> TestResult:
     """Do patients have more notes? `notes_per_patient` (n_notes,) repeats each patient's count; see `ratio_test`."""
     return ratio_test("utilisation", notes_per_patient, plan, effect_unit="times as many notes a patient")
+
+
+# Many quantities at once ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureShift:
+    """How one quantity of the notes differs: the average patient's average note at the reference and at the other.
+
+    `low` and `high` bound the difference at 95 % (Welch), each quantity by itself; NaN with the reason in `note`.
+    `p_value` is of this quantity alone, `adjusted_p` holds for all quantities of the test together. `n_patients`
+    have it measured.
+    """
+
+    name: str
+    reference: float
+    other: float
+    difference: float
+    low: float
+    high: float
+    statistic: float
+    p_value: float
+    adjusted_p: float
+    n_patients: tuple[int, int]
+    n_notes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ManyMeasures:
+    """The test that anything differs, and each quantity in the order given."""
+
+    test: TestResult
+    measures: tuple[MeasureShift, ...]
+
+
+def max_t_test(
+    values: np.ndarray,
+    names: Sequence[str],
+    plan: PermutationPlan,
+    *,
+    cells: Sequence[object] | None = None,
+    name: str = "max_t",
+) -> ManyMeasures:
+    """Which of many quantities of the notes differ? The largest studentised difference against relabelled patients.
+
+    Each quantity is averaged within patients; its statistic is |t| of the difference of the patients' means (Welch;
+    studentised, so that no quantity rules the maximum by its scale or by the spread of one side). Adjusted p-values
+    come from successive maxima over the same relabellings: the chance of naming any quantity that does not differ
+    stays below the level, however the quantities depend on each other.
+
+    Parameters
+    ----------
+    values : (n_notes, k); NaN where a quantity was not measured on a note, which is then left out of its average.
+    names : of the k quantities.
+    plan : the relabellings.
+    cells : one label a note, such as note type and year: differences are taken within each cell and summed with the
+        cell's share of patients as fixed weight. Goes with a plan over `profile_strata`. Differences are divided by
+        their standard deviation over relabellings then, and have no interval.
+    name : of the test.
+
+    Returns
+    -------
+    ManyMeasures; the test's effect is the largest |t|.
+
+    References
+    ----------
+    Westfall and Young 1993, Resampling-Based Multiple Testing, Wiley, algorithm 2.8 (step-down maxT).
+    """
+    from scipy import stats
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (len(plan.note_patient), len(names)) or not len(names):
+        raise UsageError(
+            f"{name}: values have shape {values.shape}; {len(plan.note_patient)} notes, {len(names)} names"
+        )
+    if np.isinf(values).any():
+        raise UsageError(f"{name}: values hold infinities")
+    measured = np.isfinite(values)
+    patients = _measured_means(values, measured, plan.note_patient, len(plan.patients))
+    difference, error, freedom = _studentised(patients, plan)
+    if cells is None:
+        statistic, why = _absolute_t(difference, error), ""
+    else:
+        difference, left_out = _within_cells(values, measured, cells, plan)
+        spread = np.nanstd(difference, axis=1, keepdims=True)
+        statistic = _absolute_t(difference - np.nanmean(difference, axis=1, keepdims=True), spread)
+        why = f"no interval: {_composition_note(left_out)}"
+    adjusted = _step_down(statistic, plan)
+    shifts = []
+    for row, quantity in enumerate(names):
+        has = np.isfinite(patients[:, row])
+        sides = [has & (plan.is_target == side) for side in (False, True)]
+        counts = (int(sides[0].sum()), int(sides[1].sum()))
+        means = [float(patients[side, row].mean()) if side.any() else math.nan for side in sides]
+        low = high = math.nan
+        note = why
+        if not note and min(counts) < FEWEST_PATIENTS:
+            note = f"no interval: fewer than {FEWEST_PATIENTS} patients in an institution"
+        elif not note and error[row, 0] == 0:
+            note = "no interval: the patients of each institution are all alike"
+        elif not note:
+            reach = float(stats.t.ppf(0.975, freedom[row, 0]) * error[row, 0])
+            low, high = float(difference[row, 0]) - reach, float(difference[row, 0]) + reach
+        shifts.append(
+            MeasureShift(
+                name=quantity,
+                reference=means[0],
+                other=means[1],
+                difference=float(difference[row, 0]),
+                low=low,
+                high=high,
+                statistic=float(statistic[row, 0]),
+                p_value=plan.p_value(statistic[row]),
+                adjusted_p=float(adjusted[row]),
+                n_patients=counts,
+                n_notes=int(measured[:, row].sum()),
+                note=note if min(counts) >= 2 else "measured on fewer than 2 patients of an institution",
+            )
+        )
+    largest = np.fmax.reduce(statistic, axis=0)
+    test = as_result(
+        name, plan, largest, effect=float(largest[0]), effect_unit="largest |t|", note="a maximum has no valid interval"
+    )
+    return ManyMeasures(test, tuple(shifts))
+
+
+def _measured_means(values: np.ndarray, measured: np.ndarray, rows: np.ndarray, n_rows: int) -> np.ndarray:
+    from scipy import sparse
+
+    summing = sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(n_rows, len(rows)))
+    count = summing @ measured.astype(np.float64)
+    total = summing @ np.where(measured, values, 0.0)
+    return np.divide(total, count, out=np.full(total.shape, math.nan), where=count > 0)
+
+
+def _step_down(statistic: np.ndarray, plan: PermutationPlan) -> np.ndarray:
+    """Adjusted p of each row of statistics (k, columns); NaN where the observed one is NaN."""
+    adjusted = np.full(len(statistic), math.nan)
+    order = [row for row in np.argsort(-statistic[:, 0], kind="stable") if not math.isnan(statistic[row, 0])]
+    successive = np.full(statistic.shape[1], -np.inf)
+    raw = []
+    for row in reversed(order):
+        successive = np.fmax(successive, statistic[row])
+        raw.append(plan.p_value(np.concatenate([statistic[row, :1], successive[1:]])))
+    adjusted[order] = np.maximum.accumulate(raw[::-1]) if raw else []
+    return adjusted
+
+
+def _within_cells(
+    values: np.ndarray, measured: np.ndarray, cells: Sequence[object], plan: PermutationPlan
+) -> tuple[np.ndarray, int]:
+    """Differences within each cell summed with fixed weights, (k, columns), and the notes of cells left out."""
+    labels = plan.membership.astype(np.float64)
+    total = np.zeros((values.shape[1], labels.shape[1]))
+    weights = np.zeros((values.shape[1], 1))
+    left_out = 0
+    for notes, _, weight in _usable_cells(cells, plan):
+        if not weight:
+            left_out += len(notes)
+            continue
+        patients = _measured_means(values[notes], measured[notes], plan.note_patient[notes], len(plan.patients))
+        there = np.isfinite(patients)
+        n = _both_sides(there.astype(np.float64), labels)
+        sums = _both_sides(np.where(there, patients, 0.0), labels)
+        usable = n.min(axis=(0, 2)) >= 1
+        with np.errstate(all="ignore"):
+            means = sums / n
+        total[usable] += weight * (means[1] - means[0])[usable]
+        weights[usable] += weight
+    with np.errstate(all="ignore"):
+        return np.where(weights > 0, total / weights, math.nan), left_out
+
+
+def _usable_cells(cells: Sequence[object], plan: PermutationPlan) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """Notes and rows of each cell and its share of rows; 0 where some relabelling has fewer than two on a side.
+
+    Which cells count is the same for every relabelling, and so are the weights.
+    """
+    if len(cells) != len(plan.note_patient):
+        raise UsageError(f"{len(cells)} cells for {len(plan.note_patient)} notes")
+    _, cell = np.unique(np.asarray(cells, dtype=str), return_inverse=True)
+    found = []
+    for number in range(int(cell.max(initial=-1)) + 1):
+        notes = np.flatnonzero(cell == number)
+        rows = np.unique(plan.note_patient[notes])
+        n_target = plan.membership[rows].sum(axis=0)
+        enough = min(int(n_target.min()), len(rows) - int(n_target.max())) >= 2
+        found.append((notes, rows, float(len(rows)) if enough else 0.0))
+    total = sum(weight for _, _, weight in found)
+    if not total:
+        raise TooFewPatientsError("no cell (note type and year) has at least 2 patients on both sides; use wider cells")
+    return [(notes, rows, weight / total) for notes, rows, weight in found]
+
+
+def _composition_note(left_out: int) -> str:
+    note = "approximate, since it conditions on the note's type"
+    return f"{note}; {left_out} notes of cells with too few patients are left out" if left_out else note
+
+
+def output_shift_test(scores: np.ndarray, names: Sequence[str], plan: PermutationPlan) -> ManyMeasures:
+    """Do a model's outputs differ? Location and spread of every output over the notes; see `max_t_test`.
+
+    A black-box test: it needs what a model says, not the model. It sees what matters to this model only; a change
+    that leaves every output's distribution alone passes.
+
+    Parameters
+    ----------
+    scores : (n_notes, k) probabilities, logits or counts.
+    names : of the k outputs.
+    plan : the relabellings.
+
+    References
+    ----------
+    Rabanser, Guennemann and Lipton 2019, Failing Loudly, NeurIPS 32.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or len(scores) != len(plan.note_patient):
+        raise UsageError(f"scores have shape {scores.shape}; they need one row for each of the plan's notes")
+    measured = np.isfinite(scores)
+    weight = plan.note_weight[:, None] * measured
+    with np.errstate(all="ignore"):
+        centre = (weight * np.where(measured, scores, 0.0)).sum(axis=0) / weight.sum(axis=0)
+    spread = (scores - centre) ** 2
+    return max_t_test(
+        np.column_stack([scores, spread]),
+        [*names, *(f"{output} (squared distance from the mean)" for output in names)],
+        plan,
+        name="outputs",
+    )
 
 
 # Vocabulary -----------------------------------------------------------------------------------------------------------
@@ -455,9 +737,7 @@ def vocabulary_test(
     notes = sparse.csr_array(frequencies)
     if notes.shape != (len(plan.note_patient), len(tokens)):
         raise UsageError(f"frequencies have shape {notes.shape}; {len(plan.note_patient)} notes, {len(tokens)} tokens")
-    shape = (len(plan.patients), len(plan.note_patient))
-    average = sparse.csr_array((plan.note_weight, (plan.note_patient, np.arange(shape[1]))), shape=shape)
-    patients = sparse.csr_array(average @ notes)
+    patients = sparse.csr_array(_averaging(plan) @ notes)
     columns = patients.T.tocsr()
     total = np.asarray(patients.sum(axis=0)).ravel()
     pooled = total / len(plan.patients)
@@ -498,7 +778,7 @@ def vocabulary_test(
     unit = "bits a token beyond relabelled patients"
 
     def described(name: str, values: np.ndarray) -> TestResult:
-        return _result(name, plan, values, effect=float(values[0] - values[1:].mean()), effect_unit=unit, note=note)
+        return as_result(name, plan, values, effect=float(values[0] - values[1:].mean()), effect_unit=unit, note=note)
 
     return VocabularyShift(described("vocabulary", divergence), described("vocabulary_kl", directed), shifts)
 
