@@ -132,9 +132,15 @@ class Eraser:
         try:
             about = json.loads((folder / f"{name}.json").read_text("utf-8"))
             arrays = load_file(folder / f"{name}.safetensors")
-            sizes = {"n_patients": about["n_patients"], "n_notes": about["n_notes"]}
-            made = cls(about["name"], tuple(about["institutions"]), shrinkage=about["shrinkage"], note=about["note"],
-                       **sizes, **{key: arrays[key] for key in ("centre", "left", "right", "offsets")})  # fmt: skip
+            made = cls(
+                about["name"],
+                tuple(about["institutions"]),
+                *(arrays[key] for key in ("centre", "left", "right", "offsets")),
+                n_patients=about["n_patients"],
+                n_notes=about["n_notes"],
+                shrinkage=about["shrinkage"],
+                note=about["note"],
+            )
             fits = arrays["left"].shape == (about["dimensions"], about["n_directions"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise ModelError(f"eraser {name!r} in {folder} is missing or damaged; fit it again") from None
