@@ -135,7 +135,10 @@ class Eraser:
             made = cls(
                 about["name"],
                 tuple(about["institutions"]),
-                *(arrays[key] for key in ("centre", "left", "right", "offsets")),
+                arrays["centre"],
+                arrays["left"],
+                arrays["right"],
+                arrays["offsets"],
                 n_patients=about["n_patients"],
                 n_notes=about["n_notes"],
                 shrinkage=about["shrinkage"],
