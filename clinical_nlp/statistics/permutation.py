@@ -156,12 +156,17 @@ class PermutationPlan:
 
         Column 0 is what was observed; the others exchange labels within strata, and within patients who have two rows.
         """
-        columns = np.empty((len(self.patients), self.n_permutations + 1), dtype=bool)
+        # Column by column in memory: a relabelling is shuffled as one piece.
+        columns = np.empty((len(self.patients), self.n_permutations + 1), dtype=bool, order="F")
         columns[:, 0] = self.is_target
         generator = np.random.default_rng(self.seed)
         for rows in self._exchangeable:
-            tiled = np.repeat(self.is_target[rows][:, None], self.n_permutations, axis=1)
-            columns[rows, 1:] = generator.permuted(tiled, axis=0)
+            if len(rows) == len(columns):
+                columns[:, 1:] = self.is_target[:, None]
+                generator.permuted(columns[:, 1:], axis=0, out=columns[:, 1:])
+            elif len(rows):
+                tiled = np.repeat(self.is_target[rows][:, None], self.n_permutations, axis=1)
+                columns[rows, 1:] = generator.permuted(tiled, axis=0)
         if len(self.twins):
             swapped = generator.random((len(self.twins), self.n_permutations)) < 0.5
             columns[self.twins[:, 0], 1:], columns[self.twins[:, 1], 1:] = swapped, ~swapped

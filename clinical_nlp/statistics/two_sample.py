@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ import numpy as np
 from clinical_nlp.errors import TooFewPatientsError, UsageError
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
 from clinical_nlp.statistics.permutation import PermutationPlan
+from clinical_nlp.statistics.random_features import RandomFeatures, patient_blocks, unbiased_mmd2
 
 _CELLS_AT_ONCE = 8_000_000
 _FEWEST_FOR_T = 5
+_SINGLE_PRECISION_FROM = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,9 @@ def _averaging(plan: PermutationPlan) -> Any:
 # Domain classifier ---------------------------------------------------------------------------------------------------
 
 
-def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_folds: int = 5) -> TestResult:
+def domain_classifier_test(
+    features: np.ndarray, plan: PermutationPlan, *, cells: Sequence[object] | None = None, n_folds: int = 5
+) -> TestResult:
     """How well a note of an unseen patient gives its institution away.
 
     A ridge discriminant is fitted on the patients of the other folds (each patient weighs 1; features standardised
@@ -119,6 +123,9 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
     ----------
     features : (n_notes, d), made without looking at institutions.
     plan : the relabellings.
+    cells : one label a note, such as note type and year: the mean of each cell is taken out of the features, only
+        notes of one cell are compared, and the cells' areas are summed with their shares of patients as fixed
+        weights. Goes with a plan over `profile_strata`.
     n_folds : folds of patients.
 
     Returns
@@ -131,17 +138,24 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
     Lopez-Paz and Oquab 2017, Revisiting Classifier Two-Sample Tests, arXiv 1610.06545.
     DeLong, DeLong and Clarke-Pearson 1988, Biometrics 44.
     """
+    from scipy.linalg import cho_factor, cho_solve
+
     features = checked_features(features, plan)
-    n_patients = len(plan.patients)
-    n_folds = max(2, min(n_folds, n_patients // 2))
-    fold_of = np.random.default_rng([plan.seed, 1]).permutation(n_patients) % n_folds
+    n_folds = max(2, min(n_folds, plan.n_people // 2))
+    fold_of = (np.random.default_rng([plan.seed, 1]).permutation(plan.n_people) % n_folds)[plan.row_person]
+    groups, left_out = [(np.arange(len(features)), np.arange(len(plan.patients)), 1.0)], 0
+    if cells is not None:
+        groups = _usable_cells(cells, plan)
+        left_out = sum(len(notes) for notes, _, weight in groups if not weight)
+        features = features.copy()
+        for notes, _, _ in groups:
+            features[notes] -= np.average(features[notes], axis=0, weights=plan.note_weight[notes])
+        groups = [group for group in groups if group[2]]
     members = plan.membership
-    won = np.zeros(members.shape[1])
-    pairs = np.zeros(members.shape[1])
-    placement = np.full(n_patients, math.nan)
+    won, pairs = np.zeros((len(groups), members.shape[1])), np.zeros((len(groups), members.shape[1]))
+    placement = np.full(len(plan.patients), math.nan)
     for fold in range(n_folds):
         inside = fold_of == fold
-        test = np.flatnonzero(inside[plan.note_patient])
         train = np.flatnonzero(~inside[plan.note_patient])
         weight = plan.note_weight[train]
         centre = np.average(features[train], axis=0, weights=weight)
@@ -150,28 +164,37 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
         varies = scale > 1e-9 * max(float(scale.max(initial=0.0)), 1e-300)
         scale = np.where(varies, scale, 1.0)
         known = np.where(varies, (features[train] - centre) / scale, 0.0)
-        new = np.where(varies, (features[test] - centre) / scale, 0.0)
-        gram = known.T @ (known * weight[:, None]) + features.shape[1] * np.eye(features.shape[1])
-        means = np.zeros((n_patients, features.shape[1]))
+        gram = cho_factor(known.T @ (known * weight[:, None]) + features.shape[1] * np.eye(features.shape[1]))
+        means = np.zeros((len(plan.patients), features.shape[1]))
         np.add.at(means, plan.note_patient[train], known * weight[:, None])
-        directions = np.linalg.solve(gram, means[~inside].T)
-        at_once = max(1, _CELLS_AT_ONCE // max(1, 4 * len(test)))
+        tested = []
+        for number, (notes, rows, _) in enumerate(groups):
+            test = notes[inside[plan.note_patient[notes]]]
+            new = np.where(varies, (features[test] - centre) / scale, 0.0)
+            local = np.bincount(plan.note_patient[test], minlength=len(inside))
+            tested.append((number, test, new, rows[inside[rows]], 1.0 / local[plan.note_patient[test]]))
+        at_once = max(1, _CELLS_AT_ONCE // max(1, 4 * max(len(test) for _, test, *_ in tested)))
         for start in range(0, members.shape[1], at_once):
-            labels = members[:, start : start + at_once].astype(np.float64)
+            columns = slice(start, start + at_once)
+            labels = members[:, columns].astype(np.float64)
             trained = labels[~inside] - labels[~inside].mean(axis=0)
-            # Identical notes must tie, whatever order the arithmetic took.
-            scores = np.round(new @ (directions @ trained), 9)
-            here = labels[plan.note_patient[test]]
-            fold_won, note_placement = _placements(scores, here, plan.note_weight[test])
-            target = labels[inside].sum(axis=0)
-            won[start : start + at_once] += fold_won
-            pairs[start : start + at_once] += target * (inside.sum() - target)
-            if start == 0:
-                rows = plan.note_patient[test]
-                sums = np.bincount(rows, weights=note_placement * plan.note_weight[test], minlength=n_patients)
-                placement[inside] = sums[inside]
-    auc = np.divide(won, pairs, out=np.full(len(won), 0.5), where=pairs > 0)
-    low, high, note = _auc_interval(auc, placement, plan)
+            directions = cho_solve(gram, means[~inside].T @ trained)
+            for number, test, new, rows, note_weight in tested:
+                # Identical notes must tie, whatever order the arithmetic took.
+                scores = np.round(new @ directions, 9)
+                beaten, share = _placements(scores, labels[plan.note_patient[test]], note_weight)
+                target = labels[rows].sum(axis=0)
+                won[number, columns] += beaten
+                pairs[number, columns] += target * (len(rows) - target)
+                if start == 0 and cells is None:
+                    placement[rows] = np.bincount(
+                        plan.note_patient[test], weights=share * note_weight, minlength=len(inside)
+                    )[rows]
+    areas = np.divide(won, pairs, out=np.full(won.shape, 0.5), where=pairs > 0)
+    auc = np.array([weight for *_, weight in groups]) @ areas
+    low, high, note = math.nan, math.nan, f"no interval: {_composition_note(left_out)}"
+    if cells is None:
+        low, high, note = _auc_interval(auc, placement, plan)
     return as_result(
         "domain_classifier",
         plan,
@@ -182,6 +205,124 @@ def domain_classifier_test(features: np.ndarray, plan: PermutationPlan, *, n_fol
         high=high,
         note=note,
     )
+
+
+def mlp_classifier_test(
+    features: np.ndarray, plan: PermutationPlan, *, hidden: int = 32, steps: int = 400
+) -> TestResult:
+    """Second opinion: does a small neural network tell the institutions apart where the linear discriminant does not?
+
+    A random half of the patients of each institution trains one network (one hidden layer; every step draws patients
+    of both institutions alike and one note of each). It scores the other half once; their labels are permuted. The
+    statistic is the area under the ROC curve over pairs of held-out patients.
+
+    Parameters
+    ----------
+    features : (n_notes, d), made without looking at institutions.
+    plan : the patients, their strata, and how many relabellings of the held-out ones.
+    hidden : units of the hidden layer.
+    steps : of the optimiser, 128 notes each.
+
+    Returns
+    -------
+    TestResult over the held-out patients; `effect` is the AUC, with DeLong's interval over patients.
+
+    Raises
+    ------
+    TooFewPatientsError : fewer than four patients in an institution.
+
+    References
+    ----------
+    Lopez-Paz and Oquab 2017, Revisiting Classifier Two-Sample Tests, arXiv 1610.06545.
+    """
+    features = checked_features(features, plan)
+    if min(plan.n_patients) < 4:
+        raise TooFewPatientsError(
+            f"the neural network test needs at least 4 patients in each institution (got {plan.n_patients[0]} and "
+            f"{plan.n_patients[1]}): half of them train it"
+        )
+    generator = np.random.default_rng([plan.seed, 3])
+    # Reference only, other only, both: half of each kind trains.
+    kind = np.bincount(plan.row_person, weights=1 + plan.is_target).astype(int)
+    trains = np.zeros(plan.n_people, dtype=bool)
+    for number in (1, 2, 3):
+        people = generator.permutation(np.flatnonzero(kind == number))
+        trains[people[: len(people) // 2]] = True
+    known = trains[plan.row_person]
+    new = np.flatnonzero(~known[plan.note_patient])
+    scores = _network_scores(features, plan, known, new, hidden=hidden, steps=steps)
+    ids, sides = np.asarray(plan.patient_ids, dtype=str)[new], np.asarray(plan.institutions, dtype=str)[new]
+    held_out = PermutationPlan(
+        ids.tolist(),
+        sides.tolist(),
+        reference=plan.names[0],
+        strata=None if plan.strata is None else np.asarray(plan.strata, dtype=str)[new].tolist(),
+        n_permutations=plan.n_permutations,
+        seed=plan.seed,
+        paired=plan.paired,
+    )
+    labels = held_out.membership.astype(np.float64)
+    auc = np.empty(labels.shape[1])
+    placement: np.ndarray = np.empty(0)
+    at_once = max(1, _CELLS_AT_ONCE // (4 * len(new)))
+    for start in range(0, len(auc), at_once):
+        columns = slice(start, start + at_once)
+        here = labels[held_out.note_patient, columns]
+        won, share = _placements(np.repeat(scores[:, None], here.shape[1], axis=1), here, held_out.note_weight)
+        auc[columns] = won / np.prod(held_out.n_patients)
+        if start == 0:
+            placement = np.bincount(held_out.note_patient, weights=share * held_out.note_weight)
+    low, high, note = _auc_interval(auc, placement, held_out)
+    trained = f"trained on {int(trains.sum())} other patients"
+    return as_result(
+        "mlp_classifier",
+        held_out,
+        auc,
+        effect=float(auc[0]),
+        effect_unit="AUC over pairs of patients",
+        low=low,
+        high=high,
+        note=f"{trained}; {note}" if note else trained,
+    )
+
+
+def _network_scores(
+    features: np.ndarray, plan: PermutationPlan, known: np.ndarray, new: np.ndarray, *, hidden: int, steps: int
+) -> np.ndarray:
+    """Train on the rows that are known; return the logits of the new notes."""
+    import torch
+
+    notes = np.flatnonzero(known[plan.note_patient])
+    centre = np.average(features[notes], axis=0, weights=plan.note_weight[notes])
+    scale = np.sqrt(np.average((features[notes] - centre) ** 2, axis=0, weights=plan.note_weight[notes]))
+    varies = scale > 1e-9 * max(float(scale.max(initial=0.0)), 1e-300)
+    scaled = np.where(varies, (features - centre) / np.where(varies, scale, 1.0), 0.0).astype(np.float32)
+    generator = np.random.default_rng([plan.seed, 4])
+    order = np.argsort(plan.note_patient, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(plan.notes_per_patient)])
+    sides = [np.flatnonzero(known & (plan.is_target == side)) for side in (False, True)]
+    target = torch.tensor([0.0] * 64 + [1.0] * 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        network = torch.nn.Sequential(
+            torch.nn.Linear(features.shape[1], hidden),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(hidden, 1),
+        )
+        optimiser = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.1)
+        for _ in range(steps):
+            rows = np.concatenate([generator.choice(side, 64) for side in sides])
+            drawn = order[starts[rows] + generator.integers(0, plan.notes_per_patient[rows])]
+            logits = network(torch.from_numpy(scaled[drawn]))[:, 0]
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        network.eval()
+        with torch.no_grad():
+            scores = torch.cat([network(part)[:, 0] for part in torch.from_numpy(scaled[new]).split(4096)])
+    return np.round(scores.numpy().astype(np.float64), 5)
 
 
 def _placements(scores: np.ndarray, is_target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -223,8 +364,14 @@ def _auc_interval(aucs: np.ndarray, placement: np.ndarray, plan: PermutationPlan
         return math.nan, math.nan, f"no interval: fewer than {FEWEST_PATIENTS} patients in an institution"
     # On the arcsine scale the spread hardly depends on the AUC, so that the interval holds up to 1.
     auc = min(max(float(aucs[0]), 0.0), 1.0)
-    sides = [placement[plan.is_target == side] for side in (True, False)]
-    scored = math.sqrt(sum(float(np.nanvar(side, ddof=1)) / np.isfinite(side).sum() for side in sides))
+    pulls = np.zeros(len(placement))
+    for side in (plan.is_target, ~plan.is_target):
+        scored_rows = side & np.isfinite(placement)
+        n = int(scored_rows.sum())
+        centred = placement[scored_rows] - placement[scored_rows].mean()
+        pulls[scored_rows] = centred / math.sqrt(n * (n - 1))
+    # The two sides of one patient pull together.
+    scored = math.sqrt(float((np.bincount(plan.row_person, weights=pulls) ** 2).sum()))
     slope = 2 * math.sqrt(auc * (1 - auc))
     # DeLong leaves out that other patients would have trained another discriminant; relabelling shows how much.
     reach = 1.959964 * max(scored / slope if slope > 1e-6 else 0.0, float(aucs[1:].std(ddof=1)))
@@ -235,62 +382,133 @@ def _auc_interval(aucs: np.ndarray, placement: np.ndarray, plan: PermutationPlan
 # Maximum mean discrepancy ---------------------------------------------------------------------------------------------
 
 
-def mmd_test(features: np.ndarray, plan: PermutationPlan) -> TestResult:
+EXACT_UP_TO = 20_000
+"""Notes up to which `mmd_test` computes the kernel itself; beyond, random features stand for it."""
+
+
+def mmd_test(
+    features: np.ndarray,
+    plan: PermutationPlan,
+    *,
+    cells: Sequence[object] | None = None,
+    exact_up_to: int = EXACT_UP_TO,
+    n_random_features: int = 1024,
+) -> TestResult:
     """Unbiased squared maximum mean discrepancy, every patient weighing 1, pairs of one patient left out.
 
     The kernel is the mean of three Gaussians at half, once and twice the median distance between notes of different
     patients, pooled over institutions. It is averaged over the notes of every pair of patients once; each
-    relabelling is then a product with a (patients x patients) matrix.
+    relabelling is then a product with a (patients x patients) matrix. Beyond `exact_up_to` notes the kernel is that
+    of `RandomFeatures`: features are read once, block by block, and only sums over patients are kept. The test is
+    exact all the same, since one kernel serves all relabellings.
 
     Parameters
     ----------
-    features : (n_notes, d), made without looking at institutions.
+    features : (n_notes, d), made without looking at institutions; float32 and memory-mapped arrays stay as they are
+        beyond `exact_up_to` notes.
     plan : the relabellings.
+    cells : one label a note, such as note type and year: the statistic is computed within each cell and summed with
+        the cells' shares of patients as fixed weights. Goes with a plan over `profile_strata`.
+    exact_up_to : notes.
+    n_random_features : beyond that.
 
     Returns
     -------
-    TestResult; `effect` is the statistic in null standard deviations. It may be negative and is not clipped. No
-    interval is given: resampling patients twins them with themselves, and such intervals exclude zero under no
-    difference.
+    TestResult; `effect` is the statistic's excess over the null in null standard deviations. It may be negative and
+    is not clipped. The interval is normal with the variance of the statistic's projection on patients, not narrower
+    than the spread over relabellings; a percentile interval of resampled patients would twin them with themselves
+    and exclude zero under no difference.
 
     References
     ----------
     Gretton et al. 2012, A Kernel Two-Sample Test, JMLR 13, eq. 3.
+    Hoeffding 1948, A Class of Statistics with Asymptotically Normal Distribution (the projection).
     """
-    features = checked_features(features, plan)
-    values = _mmd2(patient_kernel(features, plan), plan.membership)
-    result = as_result("mmd", plan, values, effect=math.nan, effect_unit="", note="no valid interval exists for this")
-    effect = (result.statistic - result.null_mean) / result.null_sd if result.null_sd > 0 else math.nan
-    return as_result(
-        "mmd", plan, values, effect=effect, effect_unit="standard deviations of the null", note=result.note
-    )
+    exact = len(features) <= exact_up_to
+    if exact or features.ndim != 2 or len(features) != len(plan.note_patient):
+        features = checked_features(features, plan)
+    groups, left_out = [(np.arange(len(features)), np.arange(len(plan.patients)), 1.0)], 0
+    if cells is not None:
+        groups = _usable_cells(cells, plan)
+        left_out = sum(len(notes) for notes, _, weight in groups if not weight)
+    values = np.zeros(plan.n_permutations + 1)
+    error, why = math.nan, ""
+    for notes, rows, weight in groups:
+        if not weight:
+            continue
+        here = features if cells is None else features[notes]
+        local = np.searchsorted(rows, plan.note_patient[notes])
+        labels = plan.membership if cells is None else plan.membership[rows]
+        twins = plan.twins[np.isin(plan.twins, rows).all(axis=1)]
+        twins = np.searchsorted(rows, twins)
+        width = median_distance(here, plan.row_person[rows][local], seed=plan.seed)
+        if exact:
+            kernel = _kernel_of_rows(here, local, width)
+            kernel[twins[:, 0], twins[:, 1]] = kernel[twins[:, 1], twins[:, 0]] = 0.0
+            values += weight * _mmd2(kernel, labels, len(twins))
+            if cells is None:
+                error = _projection_error(kernel, plan)
+        else:
+            random = RandomFeatures(here.shape[1], width, n_random_features, plan.seed)
+            values += weight * _random_mmd2(random, here, local, labels, twins)
+    if cells is not None:
+        why = f"no interval: {_composition_note(left_out)}"
+    elif min(plan.n_patients) < FEWEST_PATIENTS:
+        why = f"no interval: fewer than {FEWEST_PATIENTS} patients in an institution"
+    elif not exact:
+        why = f"{n_random_features} random features stand for the kernel; no interval from sums"
+    result = as_result("mmd", plan, values, effect=math.nan, effect_unit="standard deviations of the null", note=why)
+    if not result.null_sd > 1e-12:
+        return replace(result, note="no effect: all notes are alike to the kernel")
+    effect = (result.statistic - result.null_mean) / result.null_sd
+    if why:
+        return replace(result, effect=effect)
+    reach = 1.959964 * max(error / result.null_sd, 1.0)
+    return replace(result, effect=effect, low=effect - reach, high=effect + reach)
 
 
-def median_distance(features: np.ndarray, plan: PermutationPlan, *, at_most: int = 1000) -> float:
-    """Median distance between notes of different patients, from one note each of at most `at_most` patients."""
-    _, first = np.unique(plan.note_patient, return_index=True)
+def median_distance(features: np.ndarray, people: np.ndarray, *, seed: int = 0, at_most: int = 1000) -> float:
+    """Median distance between notes of different patients, from one note each of at most `at_most` patients.
+
+    Parameters
+    ----------
+    features : (n_notes, d).
+    people : (n_notes,) int, the patient of each note.
+    seed : of the choice of patients.
+    """
+    _, first = np.unique(people, return_index=True)
     if len(first) > at_most:
-        first = np.sort(np.random.default_rng([plan.seed, 2]).choice(first, at_most, replace=False))
-    squared = _squared_distances(features[first], features[first])
-    distances = np.sqrt(squared[np.triu_indices(len(first), 1)])
+        first = np.sort(np.random.default_rng([seed, 2]).choice(first, at_most, replace=False))
+    chosen = np.asarray(features[first], dtype=np.float64)
+    if not np.isfinite(chosen).all():
+        raise UsageError("features hold values that are not finite")
+    chosen = chosen - chosen.mean(axis=0)
+    distances = np.sqrt(_squared_distances(chosen, chosen)[np.triu_indices(len(first), 1)])
     positive = distances[distances > 1e-7 * max(1.0, float(distances.max(initial=0.0)))]
     return float(np.median(positive)) if len(positive) else 1.0
 
 
 def patient_kernel(features: np.ndarray, plan: PermutationPlan) -> np.ndarray:
-    """(n_patients, n_patients) mean kernel over the notes of two patients, shifted by a constant, diagonal zero.
+    """(n_rows, n_rows) mean kernel over the notes of two rows, shifted by a constant, diagonal zero.
 
     The unbiased statistic does not change when a constant is subtracted from every pair; subtracting about the mean
     before summing keeps the sums small and the rounding error with them.
     """
-    order = np.argsort(plan.note_patient, kind="stable")
+    people = plan.row_person[plan.note_patient]
+    return _kernel_of_rows(features, plan.note_patient, median_distance(features, people, seed=plan.seed))
+
+
+def _kernel_of_rows(features: np.ndarray, note_row: np.ndarray, width: float) -> np.ndarray:
+    order = np.argsort(note_row, kind="stable")
     features = features[order] - features.mean(axis=0)
-    counts = plan.notes_per_patient
+    counts = np.bincount(note_row)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    width = median_distance(_unsorted(features, order), plan)
     sample = features[np.linspace(0, len(features) - 1, min(len(features), 300)).astype(int)]
     constant = float(_gaussians(_squared_distances(sample, sample), width).mean())
-    kernel = np.zeros((len(counts), len(counts)))
+    # Centred, single precision leaves 0.04 % of the null's spread as error, and thousands of patients fit in memory.
+    kernel = np.zeros(
+        (len(counts), len(counts)), dtype=np.float32 if len(counts) > _SINGLE_PRECISION_FROM else np.float64
+    )
     row = 0
     while row < len(counts):
         notes = max(1, _CELLS_AT_ONCE // max(1, len(features) - starts[row]))
@@ -298,16 +516,13 @@ def patient_kernel(features: np.ndarray, plan: PermutationPlan) -> np.ndarray:
         rows = slice(starts[row], starts[stop])
         block = _gaussians(_squared_distances(features[rows], features[starts[row] :]), width) - constant
         block = np.add.reduceat(block, starts[row:-1] - starts[row], axis=1)
-        kernel[row:stop, row:] = np.add.reduceat(block, starts[row:stop] - starts[row], axis=0)
+        block = np.add.reduceat(block, starts[row:stop] - starts[row], axis=0)
+        block /= np.outer(counts[row:stop], counts[row:])
+        kernel[row:stop, row:] = block
+        kernel[row:, row:stop] = block.T
         row = stop
-    kernel = np.triu(kernel, 1) / np.outer(counts, counts)
-    return kernel + kernel.T
-
-
-def _unsorted(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
-    back = np.empty_like(rows)
-    back[order] = rows
-    return back
+    np.fill_diagonal(kernel, 0.0)
+    return kernel
 
 
 def _squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -322,24 +537,79 @@ def _gaussians(squared: np.ndarray, width: float) -> np.ndarray:
     return (widest + middle + middle**4) / 3
 
 
-def _mmd2(kernel: np.ndarray, membership: np.ndarray) -> np.ndarray:
+def _mmd2(kernel: np.ndarray, membership: np.ndarray, n_pairs: int) -> np.ndarray:
+    """The statistic for every relabelling; `n_pairs` patients have a row on both sides, and 0 in the kernel for it."""
     values = np.empty(membership.shape[1])
-    row_sums, total = kernel.sum(axis=0), kernel.sum()
+    row_sums = kernel.sum(axis=0, dtype=np.float64)
+    total = row_sums.sum()
     at_once = max(1, _CELLS_AT_ONCE // len(kernel))
     for start in range(0, len(values), at_once):
-        target = membership[:, start : start + at_once].astype(np.float64)
-        n_target = target.sum(axis=0)
+        target = membership[:, start : start + at_once].astype(kernel.dtype)
+        n_target = target.sum(axis=0, dtype=np.float64)
         n_reference = len(kernel) - n_target
-        within = (target * (kernel @ target)).sum(axis=0)
+        within = (target * (kernel @ target)).sum(axis=0, dtype=np.float64)
         touching = row_sums @ target
         between = touching - within
         outside = total - 2 * touching + within
         values[start : start + at_once] = (
             within / (n_target * (n_target - 1))
             + outside / (n_reference * (n_reference - 1))
-            - 2 * between / (n_target * n_reference)
+            - 2 * between / (n_target * n_reference - n_pairs)
         )
     return values
+
+
+def _projection_error(kernel: np.ndarray, plan: PermutationPlan) -> float:
+    """Standard error of the statistic to first order, from what each patient contributes to it."""
+    pulls = np.zeros(len(kernel))
+    paired = np.isin(np.arange(len(kernel)), plan.twins)
+    for side in (plan.is_target, ~plan.is_target):
+        own = kernel[np.ix_(side, side)].sum(axis=1, dtype=np.float64) / (side.sum() - 1)
+        other = kernel[np.ix_(side, ~side)].sum(axis=1, dtype=np.float64) / ((~side).sum() - paired[side])
+        pull = own - other
+        pulls[side] = 2 * (pull - pull.mean()) / math.sqrt(side.sum() * (side.sum() - 1))
+    return math.sqrt(float((np.bincount(plan.row_person, weights=pulls) ** 2).sum()))
+
+
+def _random_mmd2(
+    random: RandomFeatures, features: np.ndarray, note_row: np.ndarray, membership: np.ndarray, twins: np.ndarray
+) -> np.ndarray:
+    """`_mmd2` for the kernel of random features, in one pass over the notes."""
+    n_columns = membership.shape[1]
+    target = np.zeros((n_columns, random.n_features))
+    target_squares = np.zeros(n_columns)
+    total, total_square, of_pairs = np.zeros(random.n_features), 0.0, 0.0
+    second = np.zeros(len(membership), dtype=bool)
+    second[twins[:, 1]] = True
+    centre: np.ndarray | None = None
+    last = np.zeros((1, random.n_features), dtype=np.float32)
+    for rows, means in patient_blocks(random, features, note_row):
+        if len(twins):
+            # Centring would not cancel where only some patients are on both sides: more digits instead.
+            means = means.astype(np.float64)
+        else:
+            centre = means.mean(axis=0) if centre is None else centre
+            means = means - centre
+        squares = np.einsum("pd,pd->p", means, means, dtype=np.float64)
+        labels = membership[rows].astype(means.dtype)
+        target += labels.T @ means
+        target_squares += squares @ labels
+        total += means.sum(axis=0, dtype=np.float64)
+        total_square += float(squares.sum())
+        before = np.concatenate([last, means[:-1]])[second[rows]]
+        of_pairs += float(np.einsum("pd,pd->", before, means[second[rows]]))
+        last = means[-1:]
+    n_target = membership.sum(axis=0).astype(np.float64)
+    n_reference = len(membership) - n_target
+    # Patients on both sides: their own pair is left out of the products between the sides.
+    within = unbiased_mmd2(
+        (target, total - target), (target_squares, total_square - target_squares), (n_target, n_reference)
+    )
+    if not len(twins):
+        return within
+    between = np.einsum("bd,bd->b", target, total - target)
+    all_pairs = n_target * n_reference
+    return within + 2 * between / all_pairs - 2 * (between - of_pairs) / (all_pairs - len(twins))
 
 
 # Length and utilisation -----------------------------------------------------------------------------------------------

@@ -5,14 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from clinical_nlp.errors import UsageError
+from clinical_nlp.errors import TooFewPatientsError, UsageError
 from clinical_nlp.statistics import two_sample
-from clinical_nlp.statistics.permutation import PermutationPlan
+from clinical_nlp.statistics.permutation import PermutationPlan, profile_strata
+from clinical_nlp.statistics.random_features import RandomFeatures, patient_feature_means
 from clinical_nlp.statistics.text_measures import token_shares
 from clinical_nlp.statistics.two_sample import (
     domain_classifier_test,
     length_test,
+    max_t_test,
     median_distance,
+    mlp_classifier_test,
     mmd_test,
     utilisation_test,
     vocabulary_test,
@@ -72,7 +75,7 @@ def test_the_classifier_equals_a_naive_loop_for_every_relabelling():
 
 
 def naive_mmd2(features, plan, labels):
-    width = median_distance(features - features.mean(0), plan)
+    width = median_distance(features, plan.row_person[plan.note_patient], seed=plan.seed)
 
     def kernel(x, y):
         squared = ((x - y) ** 2).sum()
@@ -231,3 +234,221 @@ def test_the_same_plan_gives_the_same_bits():
     ids, institutions, features, _ = clustered(3)
     results = [domain_classifier_test(features, PermutationPlan(ids, institutions, seed=7)) for _ in range(2)]
     assert results[0] == results[1]
+
+
+# Patients at both institutions, random features, cells, the second opinion -------------------------------------------
+
+
+def shared_patients(seed, *, both=6, alone=(4, 5), dimensions=3, shift=0.0):
+    """Patients seen at both institutions (what is their own is the same there) and patients of one only."""
+    generator = np.random.default_rng(seed)
+    ids, sides, features = [], [], []
+    kinds = [(f"both{i}", (0, 1)) for i in range(both)]
+    kinds += [(f"alone{side}{i}", (side,)) for side in (0, 1) for i in range(alone[side])]
+    for patient, where in kinds:
+        own = generator.normal(size=dimensions) * math.sqrt(0.6)
+        for side in where:
+            n = generator.integers(1, 5)
+            features.append(own + generator.normal(size=(n, dimensions)) * math.sqrt(0.4) + shift * side)
+            ids += [patient] * n
+            sides += [f"h{side}"] * n
+    return np.concatenate(features), ids, sides
+
+
+def naive_paired_mmd2(features, plan, labels):
+    """The statistic by loops over bundles: pairs of one patient, within or between sides, are left out."""
+    width = median_distance(features, plan.row_person[plan.note_patient], seed=plan.seed)
+    notes = [features[plan.note_patient == row] for row in range(len(plan.patients))]
+    sums = {(False, False): [], (True, True): [], (False, True): []}
+    for p in range(len(notes)):
+        for q in range(len(notes)):
+            if plan.patients[p] != plan.patients[q] and labels[p] <= labels[q]:
+                squared = ((notes[p][:, None] - notes[q][None]) ** 2).sum(axis=2)
+                sums[bool(labels[p]), bool(labels[q])].append(
+                    np.mean([np.exp(-squared / (2 * (s * width) ** 2)) for s in (0.5, 1, 2)])
+                )
+    return np.mean(sums[False, False]) + np.mean(sums[True, True]) - 2 * np.mean(sums[False, True])
+
+
+@pytest.mark.parametrize("alone", [(0, 0), (4, 5)])
+def test_the_paired_plan_equals_a_naive_loop(alone):
+    features, ids, sides = shared_patients(0, alone=alone)
+    shuffled = np.random.default_rng(1).permutation(len(ids))
+    features, ids, sides = features[shuffled], [ids[i] for i in shuffled], [sides[i] for i in shuffled]
+    plan = PermutationPlan(ids, sides, n_permutations=9, paired=True)
+    result = mmd_test(features, plan)
+    naive = [naive_paired_mmd2(features, plan, plan.membership[:, column]) for column in range(10)]
+    assert result.statistic == pytest.approx(naive[0], abs=1e-12)
+    assert result.null_mean == pytest.approx(np.mean(naive[1:]), abs=1e-12)
+    assert result.n_units == 6 + sum(alone)
+    lengths = np.exp(features[:, 0])
+    logs = {}
+    for row in range(len(plan.patients)):
+        logs[str(plan.patients[row]), bool(plan.is_target[row])] = features[plan.note_patient == row, 0].mean()
+    if alone == (0, 0):
+        differences = [logs[f"both{i}", True] - logs[f"both{i}", False] for i in range(6)]
+        t = np.mean(differences) / (np.std(differences, ddof=1) / math.sqrt(6))
+        assert length_test(lengths, plan).statistic == pytest.approx(abs(t))
+        assert math.log(length_test(lengths, plan).effect) == pytest.approx(np.mean(differences))
+
+
+def test_the_paired_plan_keeps_its_size_and_sees_what_the_patients_hide():
+    """Swapping within patients cancels what is theirs: it finds a shift that the unpaired plan mostly misses."""
+    rejected = {"size": [0, 0, 0, 0], "power": [0, 0, 0, 0]}
+    for run in range(100):
+        for kind, shift in (("size", 0.0), ("power", 0.35)):
+            features, ids, sides = shared_patients(run, both=25, alone=(0, 0), shift=shift)
+            plan = PermutationPlan(ids, sides, n_permutations=99, seed=run, paired=True)
+            found = (
+                length_test(np.exp(features[:, 0]), plan),
+                mmd_test(features, plan),
+                domain_classifier_test(features, plan),
+            )
+            for index, result in enumerate(found):
+                rejected[kind][index] += result.p_value <= 0.05
+            one_side = PermutationPlan([f"{i}{s}" for i, s in zip(ids, sides, strict=True)], sides, n_permutations=99)
+            rejected[kind][3] += length_test(np.exp(features[:, 0]), one_side).p_value <= 0.05
+    assert max(rejected["size"][:3]) <= 100 * (0.05 + 3 * math.sqrt(0.05 * 0.95 / 100))
+    assert min(rejected["power"][:3]) > 50, rejected
+    assert rejected["power"][0] > rejected["power"][3] + 15, rejected
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_random_features_read_block_by_block_equal_all_at_once_and_come_close_to_the_kernel(monkeypatch, paired):
+    features, ids, sides = shared_patients(3, both=10 if paired else 0, alone=(20, 20), dimensions=4, shift=0.6)
+    plan = PermutationPlan(ids, sides, n_permutations=99, paired=paired)
+    whole = mmd_test(features, plan, exact_up_to=0, n_random_features=4098)
+    monkeypatch.setattr("clinical_nlp.statistics.random_features._CELLS_AT_ONCE", 4098 * 7)
+    streamed = mmd_test(features, plan, exact_up_to=0, n_random_features=4098)
+    assert streamed.statistic == pytest.approx(whole.statistic, abs=1e-7)
+    assert streamed.null_sd == pytest.approx(whole.null_sd, rel=1e-4)
+    assert streamed.p_value == whole.p_value
+    exact = mmd_test(features, plan)
+    assert whole.statistic == pytest.approx(exact.statistic, abs=0.4 * exact.null_sd)
+    # By loops over the features of the map itself it is the same number to the last digits.
+    width = median_distance(features, plan.row_person[plan.note_patient], seed=plan.seed)
+    means = patient_feature_means(RandomFeatures(4, width, 4098, plan.seed), features, plan).astype(np.float64)
+    total = {}
+    for p in range(len(means)):
+        for q in range(len(means)):
+            if plan.patients[p] != plan.patients[q]:
+                total.setdefault((bool(plan.is_target[p]), bool(plan.is_target[q])), []).append(means[p] @ means[q])
+    naive = np.mean(total[True, True]) + np.mean(total[False, False]) - 2 * np.mean(total[True, False])
+    assert whole.statistic == pytest.approx(naive, abs=1e-7)
+
+
+def test_single_precision_of_many_patients_changes_nothing_that_matters(monkeypatch):
+    ids, institutions, features, _ = clustered(5, patients=(60, 60))
+    plan = PermutationPlan(ids, institutions, n_permutations=99)
+    double = mmd_test(features, plan)
+    monkeypatch.setattr(two_sample, "_SINGLE_PRECISION_FROM", 0)
+    single = mmd_test(features, plan)
+    assert single.statistic == pytest.approx(double.statistic, abs=1e-3 * double.null_sd)
+    assert single.p_value == double.p_value
+
+
+def test_mmd_within_cells_equals_the_weighted_sum_over_cells():
+    ids, institutions, features, _ = clustered(6, patients=(12, 12), dimensions=3)
+    plan = PermutationPlan(ids, institutions, n_permutations=19)
+    cells = np.random.default_rng(0).choice(["letter", "note"], len(ids))
+    result = mmd_test(features, plan, cells=cells)
+    parts = []
+    for cell in ("letter", "note"):
+        inside = np.flatnonzero(cells == cell)
+        alone = PermutationPlan([ids[i] for i in inside], [institutions[i] for i in inside], n_permutations=1)
+        parts.append((len(alone.patients), mmd_test(features[inside], alone).statistic))
+    assert result.statistic == pytest.approx(sum(n * v for n, v in parts) / sum(n for n, _ in parts), abs=1e-12)
+    assert "approximate" in result.note
+    assert math.isnan(result.low)
+
+
+def test_one_cell_for_all_is_the_classifier_without_cells():
+    ids, institutions, features, _ = clustered(7, patients=(12, 12), dimensions=3)
+    plan = PermutationPlan(ids, institutions, n_permutations=19)
+    whole, one_cell = (
+        domain_classifier_test(features, plan),
+        domain_classifier_test(features, plan, cells=["a"] * len(ids)),
+    )
+    assert one_cell.statistic == pytest.approx(whole.statistic, abs=1e-12)
+    assert one_cell.p_value == whole.p_value
+
+
+def test_a_mix_of_note_types_is_no_drift_within_cells_and_profile_strata():
+    """Note types differ in text and the institutions in their mix: seen without cells, not within them."""
+    rejected = {"plain": 0, "mmd": 0, "domain_classifier": 0, "max_t": 0}
+    for run in range(40):
+        generator = np.random.default_rng(run)
+        ids, sides, kinds, rows = [], [], [], []
+        for side in range(2):
+            for patient in range(50):
+                n = generator.integers(2, 9)
+                kind = generator.random(n) < generator.beta(2 + side, 3 - side)
+                own = generator.normal(size=4) * math.sqrt(0.3)
+                rows.append(own + generator.normal(size=(n, 4)) * math.sqrt(0.7) + 2 * kind[:, None])
+                ids += [f"{side}-{patient}"] * n
+                sides += [f"h{side}"] * n
+                kinds += np.where(kind, "letter", "note").tolist()
+        features = np.concatenate(rows)
+        count = np.array([ids.count(patient) for patient in ids])
+        plain = PermutationPlan(ids, sides, n_permutations=99, seed=run)
+        rejected["plain"] += mmd_test(features, plain).p_value <= 0.05
+        strata = profile_strata(ids, sides, kinds, count)
+        plan = PermutationPlan(ids, sides, strata=strata, n_permutations=99, seed=run)
+        rejected["mmd"] += mmd_test(features, plan, cells=kinds).p_value <= 0.05
+        rejected["domain_classifier"] += domain_classifier_test(features, plan, cells=kinds).p_value <= 0.05
+        rejected["max_t"] += max_t_test(features, list("abcd"), plan, cells=kinds).test.p_value <= 0.05
+    assert rejected.pop("plain") > 30
+    assert max(rejected.values()) <= 40 * (0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)), rejected
+
+
+def test_the_network_sees_what_no_line_separates():
+    """One institution's notes lie on two opposite sides of the other's: means and linear scores are alike."""
+    ids = [f"{side}{i}" for side in "ab" for i in range(80) for _ in range(3)]
+    sides = [i[0] for i in ids]
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(len(ids), 2))
+    features[240:] = 0.5 * features[240:] + np.where(generator.random((240, 1)) < 0.5, 2.5, -2.5)
+    plan = PermutationPlan(ids, sides, n_permutations=199)
+    found = mlp_classifier_test(features, plan)
+    assert found.p_value == pytest.approx(1 / 200)
+    assert found.low > 0.8
+    assert found.n_units == 80
+    assert "80 other patients" in found.note
+    assert domain_classifier_test(features, plan).effect < 0.65
+
+
+def test_the_network_is_repeatable_leaves_the_random_state_alone_and_says_when_there_are_too_few():
+    import torch
+
+    ids, institutions, features, _ = clustered(3, patients=(10, 10))
+    plan = PermutationPlan(ids, institutions, n_permutations=19)
+    before = torch.random.get_rng_state()
+    assert mlp_classifier_test(features, plan) == mlp_classifier_test(features, plan)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    few = PermutationPlan(list("abcdefg"), list("xxxyyyy"), n_permutations=19)
+    with pytest.raises(TooFewPatientsError, match="at least 4 patients"):
+        mlp_classifier_test(np.zeros((7, 2)), few)
+
+
+def test_the_interval_of_mmd_covers_zero_under_no_difference_and_the_truth_under_one(monkeypatch):
+    """The kernel's width is fixed, so that the population value of two shifted Gaussians is known."""
+    width, shift = 4.0, 1.0
+    monkeypatch.setattr(two_sample, "median_distance", lambda *_, **__: width)
+    squares = [(s * width) ** 2 for s in (0.5, 1, 2)]
+    truth = np.mean([2 * (s2 / (s2 + 2)) ** 4 * (1 - math.exp(-(shift**2) / (2 * (s2 + 2)))) for s2 in squares])
+    covered = {0.0: 0, shift: 0}
+    for run in range(40):
+        for moved in covered:
+            ids, institutions, features, _ = clustered(run, patients=(40, 40))
+            features[np.array(institutions) == "h1", 0] += moved
+            found = mmd_test(features, PermutationPlan(ids, institutions, n_permutations=99, seed=run))
+            low, high = (found.null_mean + bound * found.null_sd for bound in (found.low, found.high))
+            covered[moved] += low <= (truth if moved else 0.0) <= high
+    assert min(covered.values()) >= 40 * (0.95 - 3 * math.sqrt(0.05 * 0.95 / 40)), covered
+
+
+def test_no_interval_under_twenty_patients():
+    ids, institutions, features, _ = clustered(1, patients=(19, 40))
+    found = mmd_test(features, PermutationPlan(ids, institutions, n_permutations=19))
+    assert math.isnan(found.low)
+    assert "fewer than 20 patients" in found.note
