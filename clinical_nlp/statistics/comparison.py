@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from clinical_nlp.notes.schema import Note
+from clinical_nlp.statistics.attribution import Claim, Conventions, attribute
+from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, common, measure, shared_end_lines
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import token_shares, word_counts
 from clinical_nlp.statistics.two_sample import (
+    MeasureShift,
     TestResult,
     TokenShift,
     domain_classifier_test,
     length_test,
+    max_t_test,
     mmd_test,
     utilisation_test,
     vocabulary_test,
 )
 
-CONFIRMATORY = ("domain_classifier", "mmd", "length", "vocabulary")
+CONFIRMATORY = ("domain_classifier", "mmd", "length", "vocabulary", "units")
 FEWEST_PATIENTS = 12
 """Below this in either institution no verdict is given: a shift must be gross to be seen, and intervals do not hold."""
 SMALLEST_CELL = 11
@@ -40,7 +44,8 @@ class Comparison:
     `basis` names the tests that the verdict rests on: over all sampled notes, or, where patients of one institution
     have more notes, over one random note a patient, which is exact then. `adjusted` holds their p-values after Holm
     over the confirmatory tests of all comparisons of the analysis. No test is there with fewer than two patients on
-    a side.
+    a side. `units` are what changed in units that a reader knows, ranked; their p-values are adjusted together.
+    `claims` says what may be concluded.
     """
 
     reference: str
@@ -54,11 +59,38 @@ class Comparison:
     one_note: tuple[TestResult, ...] = ()
     tokens: tuple[TokenShift, ...] = ()
     adjusted: tuple[tuple[str, float], ...] = ()
+    units: tuple[tuple[ClinicalUnit, MeasureShift], ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @property
     def tests(self) -> dict[str, TestResult]:
         """The tests that the verdict rests on, by name."""
         return {test.name: test for test in (self.all_notes if self.basis == "all_notes" else self.one_note)}
+
+
+@dataclass(frozen=True, eq=False)
+class Gold:
+    """What is known of the notes of a sample beyond their text; each None where there is nothing.
+
+    `labels` (n_notes,) 0, 1 or NaN; `logits` (n_notes, 2) of the label; `outputs` (n_notes, k) of a task model and
+    their names; `conventions` are notes marked twice.
+    """
+
+    label_name: str = "the label"
+    labels: np.ndarray | None = None
+    labels_are_marked: bool = True
+    logits: np.ndarray | None = None
+    outputs: tuple[np.ndarray, tuple[str, ...]] | None = None
+    conventions: Conventions | None = None
+
+    def select(self, rows: np.ndarray) -> Gold:
+        """Return what is known of some notes."""
+        return replace(
+            self,
+            labels=None if self.labels is None else self.labels[rows],
+            logits=None if self.logits is None else self.logits[rows],
+            outputs=None if self.outputs is None else (self.outputs[0][rows], self.outputs[1]),
+        )
 
 
 def compare(
@@ -68,6 +100,8 @@ def compare(
     other: str,
     members: Sequence[str] | None = None,
     represent: Callable[[Sequence[Note]], np.ndarray],
+    measures: NoteMeasures | None = None,
+    gold: Gold | None = None,
     stratify: bool = False,
     n_permutations: int = 999,
     seed: int = 0,
@@ -81,6 +115,8 @@ def compare(
     other : the other one, or a name for several.
     members : the institutions that `other` stands for, if several.
     represent : notes to vectors (n, d), blind to institutions.
+    measures : of the sample's notes (see `clinical_units.measure`); made here if not given.
+    gold : what else is known of the sample's notes.
     stratify : compare within like mixes of notes: means of each note type are taken out of vectors and lengths, and
         patients are permuted within `profile_strata`.
     n_permutations, seed : of the relabellings.
@@ -92,6 +128,7 @@ def compare(
     ours = {other} if members is None else set(members)
     rows = np.array([i for i, name in enumerate(sample.institutions) if name == reference or name in ours], dtype=int)
     sample = sample.select(rows)
+    gold = Gold() if gold is None else gold.select(rows)
     sides = ["reference" if name == reference else "other" for name in sample.institutions]
     people = [len({p for p, s in zip(sample.patient_ids, sides, strict=True) if s == side}) for side in _SIDES]
     found = Comparison(reference, other, (people[0], people[1]), (sides.count("reference"), sides.count("other")))
@@ -100,6 +137,8 @@ def compare(
     vectors = represent(sample.notes)
     texts = [note.text for note in sample.notes]
     shares, tokens = token_shares(texts, sample.patient_ids)
+    looked_at = measure(sample.notes) if measures is None else measures.select(rows)
+    values = looked_at.values
     words = np.maximum(word_counts(texts), 1).astype(np.float64)
     strata = None
     if stratify:
@@ -107,8 +146,9 @@ def compare(
         strata = profile_strata(sample.patient_ids, sides, types, sample.notes_of_patient)
         vectors = _without_type_means(vectors, types)
         words = np.exp(_without_type_means(np.log(words)[:, None], types)[:, 0])
+        values = _without_type_means(values, types)
 
-    def measure(kept: np.ndarray) -> tuple[tuple[TestResult, ...], tuple[TokenShift, ...]]:
+    def test(kept: np.ndarray) -> _Tested:
         plan = PermutationPlan(
             [sample.patient_ids[i] for i in kept],
             [sides[i] for i in kept],
@@ -118,37 +158,70 @@ def compare(
             seed=seed,
         )
         vocabulary = vocabulary_test(shares[kept], tokens, plan, smallest_cell=SMALLEST_CELL)
-        tests = (
+        tests = [
             domain_classifier_test(vectors[kept], plan),
             mmd_test(vectors[kept], plan),
             length_test(words[kept], plan),
             vocabulary.jensen_shannon,
             vocabulary.kullback_leibler,
-        )
-        return tests, vocabulary.tokens
+        ]
+        raw, patients = looked_at.values[kept], plan.note_patient
+        columns = [i for i in range(len(looked_at.units)) if common(raw[:, i], patients, SMALLEST_CELL)]
+        units: tuple[tuple[ClinicalUnit, MeasureShift], ...] = ()
+        if columns:
+            found = max_t_test(values[kept][:, columns], [looked_at.units[i].key for i in columns], plan, name="units")
+            tests.append(found.test)
+            pairs = zip([looked_at.units[i] for i in columns], found.measures, strict=True)
+            units = tuple(sorted(pairs, key=lambda pair: (pair[1].adjusted_p, -pair[1].statistic)))
+        return _Tested(plan, tuple(tests), vocabulary.tokens, units)
 
-    everything, all_tokens = measure(np.arange(len(texts)))
-    single, one_tokens = measure(np.flatnonzero(sample.is_first))
+    everything, single = test(np.arange(len(texts))), test(np.flatnonzero(sample.is_first))
     whole = PermutationPlan(sample.patient_ids, sides, reference="reference", n_permutations=n_permutations, seed=seed)
     total = int(sample.notes_of_patient[sample.is_first].sum())
     utilisation = replace(utilisation_test(sample.notes_of_patient, whole), n_notes=total)
     unequal = utilisation.p_value <= LEVEL
+    chosen = single if unequal else everything
+    claims: tuple[Claim, ...] = ()
+    if min(people) >= FEWEST_PATIENTS:
+        kept = np.flatnonzero(sample.is_first) if unequal else np.arange(len(texts))
+        known = gold.select(kept)
+        claims = attribute(
+            chosen.plan,
+            NoteMeasures(values[kept], looked_at.units),
+            labels=known.labels,
+            label_name=known.label_name,
+            labels_are_marked=known.labels_are_marked,
+            logits=known.logits,
+            outputs=known.outputs,
+            lines=shared_end_lines([sample.notes[i] for i in kept]),
+            conventions=known.conventions,
+        )
     return replace(
         found,
         basis="one_note" if unequal else "all_notes",
         utilisation=utilisation,
-        all_notes=everything,
-        one_note=single,
-        tokens=one_tokens if unequal else all_tokens,
+        all_notes=everything.tests,
+        one_note=single.tests,
+        tokens=chosen.tokens,
+        units=chosen.units,
+        claims=claims,
     )
+
+
+class _Tested(NamedTuple):
+    plan: PermutationPlan
+    tests: tuple[TestResult, ...]
+    tokens: tuple[TokenShift, ...]
+    units: tuple[tuple[ClinicalUnit, MeasureShift], ...]
 
 
 def _without_type_means(values: np.ndarray, types: Sequence[str | None]) -> np.ndarray:
     _, kind = np.unique([name or "" for name in types], return_inverse=True)
-    means = np.zeros((kind.max() + 1, values.shape[1]))
-    np.add.at(means, kind, values)
-    means /= np.bincount(kind)[:, None]
-    return np.asarray(values - means[kind])
+    there = np.isfinite(values)
+    sums, counts = np.zeros((kind.max() + 1, values.shape[1])), np.zeros((kind.max() + 1, values.shape[1]))
+    np.add.at(sums, kind, np.where(there, values, 0.0))
+    np.add.at(counts, kind, there)
+    return np.asarray(values - np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)[kind])
 
 
 _SIDES = ("reference", "other")
@@ -162,7 +235,7 @@ def permutations_needed(n_comparisons: int) -> int:
 def decide(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Adjust the confirmatory tests of all comparisons together (Holm) and give each its verdict."""
     judged = [index for index, item in enumerate(comparisons) if item.tests]
-    names = [(index, name) for index in judged for name in CONFIRMATORY]
+    names = [(index, name) for index in judged for name in CONFIRMATORY if name in comparisons[index].tests]
     # Comparisons with too few patients get no verdict, and take no part in the family that verdicts come from.
     family = [key for key in names if min(comparisons[key[0]].n_patients) >= FEWEST_PATIENTS]
     p_values = holm([comparisons[index].tests[name].p_value for index, name in family])
