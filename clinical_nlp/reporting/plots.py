@@ -189,3 +189,66 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str
             legend -= 7.2 * len(name) + 34
             parts += [_line(legend, 12, legend + 20, 12, f"line s{index % 4}"), _text(legend + 26, 16, name, "tick")]
     return _svg(_WIDTH, bottom + 46, title, parts)
+
+
+def point_plot(
+    points: Sequence[tuple[str, float, float]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    joined: Sequence[str] = (),
+    diagonal: bool = False,
+) -> str:
+    """Place named points; those in `joined` are linked in the order of x. Points that are not finite are left out.
+
+    Parameters
+    ----------
+    points : (label, x, y).
+    title : read out in place of the picture.
+    x_label, y_label : of the axes.
+    joined : labels of the points to link, such as a Pareto front.
+    diagonal : draw x = y.
+    """
+    shown = [(label, x, y) for label, x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if not shown:
+        return ""
+    xs, ys = [x for _, x, _ in shown], [y for _, _, y in shown]
+    wide, high = max(max(xs) - min(xs), 0.02), max(max(ys) - min(ys), 0.02)
+    x_low, x_high = min(xs) - 0.06 * wide, max(xs) + 0.18 * wide
+    y_low, y_high = min(ys) - 0.1 * high, max(ys) + 0.1 * high
+    if diagonal:
+        x_low = y_low = min(x_low, y_low)
+        x_high = y_high = max(x_high, y_high)
+    left, right, top, bottom = 64.0, _WIDTH - 12, 30.0, 302.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (right - left) * (x - x_low) / (x_high - x_low),
+            bottom - (bottom - top) * (y - y_low) / (y_high - y_low),
+        )
+
+    parts = []
+    for tick, words in _ticks(y_low, y_high):
+        y = place(x_low, tick)[1]
+        parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
+    for tick, words in _ticks(x_low, x_high, 7):
+        parts.append(_text(place(tick, y_low)[0], bottom + 18, words, "tick", "middle"))
+    parts += [
+        _line(left, bottom, right, bottom, "axis"),
+        _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
+        _text(4, 16, y_label, "tick"),
+    ]
+    if diagonal:
+        parts.append(_line(*place(x_low, x_low), *place(x_high, x_high), "zero"))
+    front = sorted((x, y) for label, x, y in shown if label in joined)
+    if len(front) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in front))
+        parts.append(f'<polyline points="{path}" class="line s2"/>')
+    for label, x, y in shown:
+        at = place(x, y)
+        kind = "dot" if not joined or label in joined else "hollow"
+        parts.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4.5" class="{kind}"/>')
+        if label:
+            parts.append(_text(at[0] + 8, at[1] - 6, label, "tick"))
+    return _svg(_WIDTH, bottom + 46, title, parts)
