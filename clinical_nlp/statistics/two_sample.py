@@ -677,7 +677,7 @@ def _studentised(values: np.ndarray, plan: PermutationPlan) -> tuple[np.ndarray,
     values = np.where(there, values - values.sum(axis=0) / everywhere, 0.0)
     # What differs by rounding only is the same.
     values = np.where(np.abs(values) > 1e-12 * np.maximum(1.0, np.abs(values).max(axis=0, initial=0.0)), values, 0.0)
-    n, sums, squares = (_both_sides(part, labels) for part in (there.astype(np.float64), values, values**2))
+    n, sums, squares = (both_sides(part, labels) for part in (there.astype(np.float64), values, values**2))
     with np.errstate(all="ignore"):
         means = sums / n
         variance = np.maximum(squares - sums * means, 0) / (n - 1) / n
@@ -688,7 +688,7 @@ def _studentised(values: np.ndarray, plan: PermutationPlan) -> tuple[np.ndarray,
             paired[plan.twins] = (there[plan.twins[:, 0]] & there[plan.twins[:, 1]])[:, None]
             first, second = values[plan.twins[:, 0]], values[plan.twins[:, 1]]
             products = (first * second * paired[plan.twins[:, 0]]).sum(axis=0)[:, None]
-            of_pairs = _both_sides(np.where(paired, values, 0.0), labels)
+            of_pairs = both_sides(np.where(paired, values, 0.0), labels)
             n_pairs = paired[plan.twins[:, 0]].sum(axis=0)[:, None]
             covariance = products - means[0] * of_pairs[1] - means[1] * of_pairs[0] + n_pairs * means[0] * means[1]
             total = total - 2 * covariance / np.sqrt((n * (n - 1)).prod(axis=0))
@@ -700,8 +700,8 @@ def _studentised(values: np.ndarray, plan: PermutationPlan) -> tuple[np.ndarray,
         return tuple(np.where(usable, part, math.nan) for part in found)  # type: ignore[return-value]
 
 
-def _both_sides(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Sums over the rows of each side, (2, k, columns)."""
+def both_sides(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the sums of (n_rows, k) values over the rows of the reference and of the other side: (2, k, columns)."""
     target = values.T @ labels
     return np.stack([values.sum(axis=0)[:, None] - target, target])
 
@@ -883,8 +883,8 @@ def _within_cells(
             continue
         patients = _measured_means(values[notes], measured[notes], plan.note_patient[notes], len(plan.patients))
         there = np.isfinite(patients)
-        n = _both_sides(there.astype(np.float64), labels)
-        sums = _both_sides(np.where(there, patients, 0.0), labels)
+        n = both_sides(there.astype(np.float64), labels)
+        sums = both_sides(np.where(there, patients, 0.0), labels)
         usable = n.min(axis=(0, 2)) >= 1
         with np.errstate(all="ignore"):
             means = sums / n
