@@ -17,6 +17,8 @@ from pydantic import Field
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import Config, RecipeConfig
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
+from clinical_nlp.invariance.attachment import MarkedExamples, attach_objective, read_target
+from clinical_nlp.invariance.objectives import ObjectiveConfig, check_objective
 from clinical_nlp.language.terminology.code_status import (
     STATUSES,
     CodeBook,
@@ -29,7 +31,7 @@ from clinical_nlp.models.resolve import provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
-from clinical_nlp.recipes.ner import digest
+from clinical_nlp.recipes.ner import digest, held_out_patients, n_processes
 from clinical_nlp.runs import Estimate, Run, write_csv, write_json
 from clinical_nlp.statistics import multilabel
 from clinical_nlp.statistics.calibration import fit_calibration
@@ -89,6 +91,9 @@ class CodingConfig(RecipeConfig):
     (an encoder: matched with descriptions) without and with examples."""
     baseline_documents: int = Field(default=50, ge=1)
     """Documents on which prompting is measured, since it is slow."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is asked of the representation, so that the institution counts for less. See `clinical-nlp list
+    objectives`."""
     training: TrainingConfig = TrainingConfig(epochs=10, batch_size=8)
     """How the weights are moved."""
 
@@ -98,6 +103,7 @@ CONFIG = CodingConfig
 
 def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
     """Train, choose threshold and calibration on development patients, score on held-out ones, write the run."""
+    check_objective(config.objective, config.strategy, task="coding", processes=n_processes())
     with Run.open(output, config, recipe="coding", resume=resume) as run:
         resolved = resolve_model(config.base_model)  # a wrong name is told before the notes are read
         book = load_code_book(config.codes.system, path=config.codes.path, releases=config.codes.releases)
@@ -156,13 +162,32 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
             say(
                 f"{examples.cut_documents} training documents are longer than max_tokens; {examples.cut} tokens are cut"
             )
+        collate: Any = partial(coding.collate, n_codes=len(codes), pad_token_id=base.tokenizer.pad_token_id or 0)
+        learned: Any = examples
+        attached = None
+        if config.objective.is_active:
+            owners = [(data.names[row][0], data.patients[row]) for row in data.train]
+            everyone = data.corpus.notes["patient_id"].to_pylist()
+            for note in read_target(config.objective, held_out_patients(data.split, everyone)):
+                examples.add([note.text], None)
+                owners.append((note.institution, note.patient))
+            learned = MarkedExamples(examples, *zip(*owners, strict=True))
+            attached = attach_objective(
+                model,
+                config.objective,
+                learned,
+                task="coding",
+                batch_size=config.training.batch_size,
+                seed=config.seed,
+            )
+            collate = MarkedExamples.collate(collate)
         validate = None
         if config.training.patience is not None:
             validate = partial(development_score, scores, model, data)
         outcome = train(
             model,
-            examples,
-            partial(coding.collate, n_codes=len(codes), pad_token_id=base.tokenizer.pad_token_id or 0),
+            learned,
+            collate,
             config=config.training,
             run=run,
             seed=config.seed,
@@ -173,6 +198,9 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,
             resume=resume,
+            terms=[] if attached is None else [attached.term],
+            objective=None if attached is None else attached.module,
+            balance=None if attached is None else attached.balance,
             validate=validate,
         )
 
@@ -225,6 +253,7 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
             | {"documents_cut": examples.cut_documents, "tokens_cut": examples.cut},
             codes={"learned": len(codes), "with_examples": int(sum(task.seen)), "not_on_the_list": data.unlisted}
             | {"rows_by_status": data.statuses},
+            objective=None if attached is None else {"name": config.objective.name, "between": learned.names},
             left_out=data.left_out,
             split=data.split.describe(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from clinical_nlp.adaptation.forgetting import ForgettingConfig, check_forgettin
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import CorpusConfig, RecipeConfig, SplitConfig
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
+from clinical_nlp.invariance.attachment import MarkedExamples, TargetNote, attach_objective, read_target
+from clinical_nlp.invariance.objectives import ObjectiveConfig, check_objective
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, can_be_prompted, load_base, read_task
 from clinical_nlp.models.resolve import ResolvedModel, provenance, resolve_model
 from clinical_nlp.notes.corpus import Corpus, load_corpus
@@ -62,6 +65,9 @@ class NerConfig(RecipeConfig):
     entity type that is learned."""
     forgetting: ForgettingConfig = ForgettingConfig()
     """What holds the weights near where they were: none, l2_sp or ewc (how the base reads source notes)."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is asked of the representation, so that the institution counts for less. See `clinical-nlp list
+    objectives`."""
     training: TrainingConfig = TrainingConfig(epochs=6)
     """How the weights are moved."""
     baseline_notes: int = Field(default=30, ge=0)
@@ -77,6 +83,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
     """Train, score on held-out patients, and write the run."""
     check_overlap(config.overlap, config.window)
     check_forgetting(config.forgetting, config.strategy)
+    check_objective(config.objective, config.strategy, task="ner", processes=n_processes())
     with Run.open(output, config, recipe="ner", resume=resume) as run:
         resolved = resolve_model(config.base_model)  # a wrong name is told before the notes are read
         data = read(config.corpus, config.split, config.seed)
@@ -99,12 +106,28 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             )
         window = fitting_window(config, base)
         task = ner.NerTask(labels, window, config.overlap, config.attention == "bidirectional")
-        windows = training_windows(config, task, base, data, source)
+        target = read_target(config.objective, held_out_patients(data.split, data.patients))
+        windows, owners = training_windows(config, task, base, data, source, target)
         network = apply_strategy(base.network, config.strategy, seed=config.seed)
         weights = ner.tag_weights(windows.tag_counts(), config.loss) if config.loss.name == "weighted" else None
         model = ner.build_model(network, len(task.tags), seed=config.seed, loss=config.loss, weights=weights)
         count = partial(count_matches, model, task, base.tokenizer)
         terms = [penalty(config, network)] if config.forgetting.name != "none" else []
+        collate: Any = partial(ner.collate, pad_token_id=base.tokenizer.pad_token_id or 0)
+        examples: Any = windows
+        attached = None
+        if config.objective.is_active:
+            examples = MarkedExamples(windows, *zip(*(owners[note] for note in windows.notes), strict=True))
+            attached = attach_objective(
+                model,
+                config.objective,
+                examples,
+                task="ner",
+                batch_size=config.training.batch_size,
+                seed=config.seed,
+            )
+            terms.append(attached.term)
+            collate = MarkedExamples.collate(collate)
 
         if earlier is not None:
             fresh = {name: value.clone() for name, value in model.head.state_dict().items()}
@@ -118,8 +141,8 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
         validate = partial(development_score, count, data) if config.training.patience is not None else None
         outcome = train(
             model,
-            windows,
-            partial(ner.collate, pad_token_id=base.tokenizer.pad_token_id or 0),
+            examples,
+            collate,
             config=config.training,
             run=run,
             seed=config.seed,
@@ -131,6 +154,8 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             max_minutes=config.max_minutes,
             resume=resume,
             terms=terms,
+            objective=None if attached is None else attached.module,
+            balance=None if attached is None else attached.balance,
             validate=validate,
         )
 
@@ -157,6 +182,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
             | {"trainable_parameters": trainable, "parameters": everything, "windows": len(windows)}
             | {"spans": windows.spans, "spans_without_word": windows.lost, "spans_under_longer": windows.covered},
             labels=list(labels),
+            objective=None if attached is None else {"name": config.objective.name, "between": examples.names},
             head="new" if earlier is None or config.head == "new" else "continued",
             split=data.split.describe(),
         )
@@ -313,14 +339,26 @@ def check_overlap(overlap: int, window: int) -> None:
 
 
 def training_windows(
-    config: NerConfig, task: ner.NerTask, base: BaseModel, data: Labelled, source: Labelled | None
-) -> ner.NoteWindows:
-    """Encode the training notes, and whole replayed patients drawn by the seed until their share is reached."""
+    config: NerConfig,
+    task: ner.NerTask,
+    base: BaseModel,
+    data: Labelled,
+    source: Labelled | None,
+    target: Sequence[TargetNote] = (),
+) -> tuple[ner.NoteWindows, list[tuple[str, str]]]:
+    """Encode the training notes, and whole replayed patients drawn by the seed until their share is reached.
+
+    Returns
+    -------
+    The windows, target notes without gold last, and the institution and patient of each note.
+    """
+    owners: list[tuple[str, str]] = []
     windows = ner.NoteWindows(task, base.tokenizer, drop_sections=config.drop_sections, seed=config.seed)
 
     def add(prefix: str, notes: Labelled, rows: Sequence[int] | np.ndarray) -> None:
         for row in rows:
             windows.add(repr((prefix, *notes.keys[row])), notes.texts[row], notes.gold[row])
+            owners.append((notes.keys[row][0], notes.patients[row]))
 
     add("corpus", data, data.split.train)
     if windows.lost == windows.spans:
@@ -349,7 +387,20 @@ def training_windows(
             f"replay of {source.corpus.card.name}: {taken} patients, {100 * share:.1f} % of the training tokens"
             + (f" (all there are; {100 * config.replay.ratio:g} % was asked for)" if short else "")
         )
-    return windows
+    for note in target:
+        windows.add(repr(("target", note.institution, note.note_id)), note.text, None)
+        owners.append((note.institution, note.patient))
+    return windows, owners
+
+
+def held_out_patients(split: Split, patients: Sequence[str]) -> set[str]:
+    """Return the patients of the development and test parts."""
+    return {patients[row] for part in (split.development, split.test) for row in part}
+
+
+def n_processes() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 Count = Callable[[Labelled, "Sequence[int] | np.ndarray"], np.ndarray]

@@ -2,6 +2,16 @@
 
 OBJECTIVES = {
     "erm": "nothing beyond the task: every note counts the same; the baseline that the others are compared with",
+    "dann": "a discriminator reads the institution from the representation, which learns to be no help to it (reversed "
+    "gradient); aligns all notes alike, so equal prevalences are best, or conditional",
+    "cdan": "dann that sees the representation together with the model's own predictions; for prevalences that differ, "
+    "and for notes without gold",
+    "mmd": "kernel distance between institutions in each batch; no second network, wants large batches",
+    "coral": "distance of means and covariances between institutions; as mmd, cheaper and sees less",
+    "irm": "one head that is best for every institution at once (IRMv1); needs associations that differ in strength "
+    "between training institutions",
+    "vrex": "equal risks in all institutions; as irm, steadier",
+    "group_dro": "the institution with the highest risk counts most; for the worst institution, not for unseen ones",
 }
 """Objective -> what it is for."""
 

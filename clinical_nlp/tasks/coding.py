@@ -114,8 +114,8 @@ class CodingTask:
         return Document(chunks, np.array(places, dtype=np.int32).reshape(-1, 3), cut)
 
 
-Example = tuple[Sequence[Sequence[int] | np.ndarray], list[int]]
-"""Chunks of tokens of a document, and the indices of its codes."""
+Example = tuple[Sequence[Sequence[int] | np.ndarray], list[int] | None]
+"""Chunks of tokens of a document, and the indices of its codes; None where they are not known."""
 
 
 class Documents:
@@ -128,13 +128,14 @@ class Documents:
         self.lengths: list[int] = []
         self.cut = self.cut_documents = 0
 
-    def add(self, texts: Sequence[str], codes: Iterable[str]) -> None:
-        """Add the notes of one document, and its codes that are on the list."""
+    def add(self, texts: Sequence[str], codes: Iterable[str] | None) -> None:
+        """Add the notes of one document, and its codes that are on the list; None where they are not known."""
         document = self._task.encode(texts, self._tokenizer)
         self.cut += document.cut
         self.cut_documents += document.cut > 0
         chunks = [np.array(chunk, dtype=np.int32) for chunk in document.chunks]  # a tenth of the memory of lists
-        self._rows.append((chunks, [self._place[code] for code in codes if code in self._place]))
+        known = None if codes is None else [self._place[code] for code in codes if code in self._place]
+        self._rows.append((chunks, known))
         self.lengths.append(document.length)
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class Documents:
 
     def counts(self) -> np.ndarray:
         """Return how many documents have each code, (n_codes,) int64."""
-        flat = [code for _, codes in self._rows for code in codes]
+        flat = [code for _, codes in self._rows for code in codes or ()]
         return np.bincount(np.array(flat, dtype=np.int64), minlength=len(self._task.codes))
 
 
@@ -162,7 +163,10 @@ def collate(examples: Sequence[Example], *, n_codes: int, pad_token_id: int) -> 
         mask[row, : len(chunk)] = 1
     labels = torch.zeros((len(examples), n_codes))
     for row, (_, codes) in enumerate(examples):
-        labels[row, codes] = 1.0
+        if codes is None:
+            labels[row] = -100.0
+        else:
+            labels[row, codes] = 1.0
     owners = torch.tensor([index for index, _ in chunks], dtype=torch.long)
     return {"input_ids": ids, "attention_mask": mask, "document": owners, "labels": labels, "shift_labels": labels}
 
@@ -275,6 +279,7 @@ def build_model(
         def __init__(self) -> None:
             super().__init__()
             self.network = network
+            self.n_classes = n_codes
             self.head = Head()
             self.register_buffer("seen", torch.tensor(task.seen), persistent=False)
             known = None if groups is None or not group_weight else torch.tensor(groups)
@@ -320,6 +325,11 @@ def build_model(
             longest = max(1, int(sizes.max()))
             states = flat.new_zeros((count, longest, width)).index_put((owner, position), flat)
             return states, torch.arange(longest, device=owner.device) < sizes.unsqueeze(1)
+
+        def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            """Loss of each document over the codes that training has, (n, n_codes) twice -> (n,)."""
+            cross_entropy = functional.binary_cross_entropy_with_logits
+            return cross_entropy(logits[:, self.seen], labels[:, self.seen], reduction="none").sum(1)
 
         def cost(self, logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
             logits, labels = logits[counted], labels[counted]

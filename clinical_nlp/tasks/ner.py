@@ -235,25 +235,30 @@ class NoteWindows:
         self.tokens = self.spans = self.lost = self.covered = 0
         self._task, self._tokenizer = task, tokenizer
         self._probability, self._seed, self._epoch = drop_sections, seed, 0
-        self._notes: list[tuple[str, str, list[Span]]] = []
+        self._notes: list[tuple[str, str, list[Span] | None]] = []
         self._whole: list[list[Window]] = []
         self._place: list[tuple[int, int]] = []
         self._shortened: dict[int, list[Window]] = {}
 
-    def add(self, note_id: str, text: str, spans: Iterable[Span]) -> None:
-        """Add a note with its gold spans of the task's labels (others are left out).
+    def add(self, note_id: str, text: str, spans: Iterable[Span] | None) -> None:
+        """Add a note with its gold spans of the task's labels (others are left out); None where it has no gold.
 
         `note_id` must be the note's alone: the sections to drop are drawn from it.
         """
-        gold = [span for span in spans if span[2] in self._task.labels]
+        gold = None if spans is None else [span for span in spans if span[2] in self._task.labels]
         encoded = self._task.encode(text, self._tokenizer, note=len(self._notes), spans=gold)
         self.tokens += sum(len(window.input_ids) for window in encoded.windows)
-        self.spans += len(gold)
+        self.spans += len(gold or ())
         self.lost += encoded.lost
         self.covered += encoded.covered
         self._place += [(len(self._notes), index) for index in range(len(encoded.windows))]
         self._notes.append((note_id, text, gold))
         self._whole.append(encoded.windows)
+
+    @property
+    def notes(self) -> list[int]:
+        """Which note each example is of, counted in the order in which they were added."""
+        return [note for note, _ in self._place]
 
     @property
     def lengths(self) -> list[int]:
@@ -289,7 +294,8 @@ class NoteWindows:
     def _shorten(self, note: int) -> list[Window]:
         note_id, text, spans = self._notes[note]
         draw: dict[str, Any] = {"seed": self._seed, "epoch": self._epoch, "note_id": note_id}
-        text, spans = drop_sections(text, spans, probability=self._probability, **draw)
+        text, kept = drop_sections(text, spans or [], probability=self._probability, **draw)
+        spans = None if spans is None else kept
         return self._task.encode(text, self._tokenizer, note=note, spans=spans).windows
 
 
@@ -388,6 +394,7 @@ def build_model(
         def __init__(self) -> None:
             super().__init__()
             self.network = network
+            self.n_classes = tags
             self.head = torch.nn.Linear(config.hidden_size, tags)
             torch.nn.init.normal_(self.head.weight, std=0.02)
             torch.nn.init.zeros_(self.head.bias)
@@ -419,9 +426,15 @@ def build_model(
             cross_entropy = torch.nn.functional.cross_entropy
             if chosen.name != "focal":
                 return cross_entropy(logits, labels, weight=self.tag_weights, reduction="sum")
-            each = cross_entropy(logits, labels, reduction="none")
+            return self.losses(logits, labels).sum()
+
+        def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            """Loss of each word, (n, n_tags) and (n,) -> (n,)."""
+            each = torch.nn.functional.cross_entropy(logits, labels, weight=self.tag_weights, reduction="none")
+            if chosen.name != "focal":
+                return each
             # Kept off 0, where a power below 1 has no gradient.
-            return ((1 - torch.exp(-each)).clamp(min=1e-6) ** chosen.gamma * each).sum()
+            return (1 - torch.exp(-each)).clamp(min=1e-6) ** chosen.gamma * each
 
         def gradient_checkpointing_enable(self, **options: Any) -> None:
             self.network.gradient_checkpointing_enable(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -31,7 +32,10 @@ from clinical_nlp.training import checkpoints
 
 WEIGHTS = "trainable.safetensors"
 LossTerm = Callable[[Any, dict[str, Any]], Any]
-"""`term(model, inputs) -> scalar tensor`, added to the task loss of every micro-batch."""
+"""`term(model, inputs) -> scalar tensor`, added to the task loss of every micro-batch. Beside the inputs of the model
+it is given what a batch says `ABOUT` its examples, and `step`, the optimiser steps taken so far."""
+ABOUT = ("institution", "patient")
+"""Keys of a batch that are for loss terms and not for the model; -1 where an example does not count."""
 
 
 class TrainingConfig(Config):
@@ -93,6 +97,9 @@ class EpochBatches:
     difficulty : of each example; if given, the first epoch goes from low to high.
     rank, world : which process this is, of how many.
     prepare : called with the epoch before its first example is fetched.
+    balance : institution of each example, where every batch shall have as many of each. Small institutions are then
+        repeated within an epoch and large ones not read to the end; an epoch is as long as without. It takes the place
+        of an order by difficulty.
     """
 
     def __init__(
@@ -106,8 +113,10 @@ class EpochBatches:
         rank: int = 0,
         world: int = 1,
         prepare: Callable[[int], None] | None = None,
+        balance: Sequence[int] | None = None,
     ) -> None:
         self._lengths = np.asarray(lengths)
+        self._balance = None if balance is None else np.asarray(balance)
         self._batch, self._window, self._seed = batch, batch * accumulation, seed
         self._difficulty = None if difficulty is None else np.asarray(difficulty, dtype=np.float64)
         self._rank, self._world, self._prepare = rank, world, prepare
@@ -125,6 +134,8 @@ class EpochBatches:
     def windows(self) -> list[np.ndarray]:
         """Return the examples of each optimiser step of this epoch, longest first within a step."""
         rng = np.random.default_rng((self._seed, self._epoch))
+        if self._balance is not None:
+            return self._balanced_windows(rng, self._balance)
         order = rng.permutation(len(self._lengths))
         size = self._window
         if self._difficulty is not None and self._epoch == 0:
@@ -140,6 +151,31 @@ class EpochBatches:
         rng.shuffle(windows)
         windows = [*windows, rest] if len(rest) else windows
         return [window[np.argsort(-self._lengths[window], kind="stable")] for window in windows]
+
+    def _balanced_windows(self, rng: np.random.Generator, groups: np.ndarray) -> list[np.ndarray]:
+        """Draw windows whose batches have as many examples of each group; within a batch they stand group by group."""
+        members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
+        waiting: list[np.ndarray] = [np.zeros(0, dtype=np.int64) for _ in members]
+        windows = []
+        for begin in range(0, len(groups), self._window):
+            size = min(self._window, len(groups) - begin)
+            bounds = [*range(0, size, self._batch), size]
+            turn = rng.permutation(len(members))  # who gives one more where it does not divide evenly
+            shares = [
+                size * (place + 1) // len(members) - size * place // len(members) for place in range(len(members))
+            ]
+            drawn: list[np.ndarray] = []
+            for share, place in zip(shares, turn, strict=True):
+                while len(waiting[place]) < share:
+                    waiting[place] = np.concatenate([waiting[place], rng.permutation(members[place])])
+                taken, waiting[place] = waiting[place][:share], waiting[place][share:]
+                drawn.append(taken[np.argsort(-self._lengths[taken], kind="stable")])
+            # Dealt out in turn, longest first, so that batches are alike in groups and nearly so in length.
+            places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in drawn])
+            dealt = np.concatenate(drawn)[np.argsort(places, kind="stable")]
+            batches = [dealt[low:high] for low, high in itertools.pairwise(bounds)]
+            windows.append(np.concatenate([part[np.argsort(groups[part], kind="stable")] for part in batches]))
+        return windows
 
     def __iter__(self) -> Iterator[list[int]]:
         for window in self.windows():
@@ -180,6 +216,8 @@ def train(
     max_minutes: float | None = None,
     resume: bool = False,
     terms: Sequence[LossTerm] = (),
+    objective: Any = None,
+    balance: Sequence[int] | None = None,
     validate: Callable[[], float] | None = None,
     difficulty: Sequence[float] | None = None,
 ) -> dict[str, float]:
@@ -201,6 +239,9 @@ def train(
     max_steps, max_minutes : earlier ends.
     resume : continue from the newest checkpoint that verifies.
     terms : further loss terms.
+    objective : module of `invariance.objectives` whose term is among them; it becomes part of the model as `objective`,
+        so that its parameters are optimised at its own rates, saved and resumed.
+    balance : institution of each example, for batches with as many of each; see `EpochBatches`.
     validate : score of the model as it stands, higher is better; for early stopping (`config.patience`).
     difficulty : of each example, for `config.curriculum` loss.
 
@@ -238,12 +279,20 @@ def train(
         learning_rate=config.learning_rate or default_learning_rate(strategy.name, trainable_count(model)[1]),
         head_learning_rate=config.head_learning_rate,
     )
+    rate = groups[-1].learning_rate
+    if objective is not None:
+        model.add_module("objective", objective)
+        objective.n_steps = planned
+        own = {f"objective.{name}": value for name, value in objective.learning_rates.items()}
+        groups += [
+            Group(tuple(name for name in own if own[name] == value), value) for value in dict.fromkeys(own.values())
+        ]
     options: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
         "max_steps": planned,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "learning_rate": groups[-1].learning_rate,
+        "learning_rate": rate,
         "max_grad_norm": config.max_grad_norm,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
@@ -298,6 +347,7 @@ def train(
         rank=arguments.process_index,
         world=arguments.world_size,
         prepare=getattr(dataset, "set_epoch", None),
+        balance=balance,
     )
     trainer.terms = list(terms)
     trainer.groups, trainer.warmup, trainer.decay = groups, config.warmup, config.weight_decay
@@ -369,6 +419,8 @@ class LossTerms:
             if not items[0][1]:
                 for key in batch.keys() & {"labels", "shift_labels"}:
                     batch[key] = torch.full_like(batch[key], -100)
+                for key in batch.keys() & set(ABOUT):
+                    batch[key] = torch.full_like(batch[key], -1)
                 if "completion_mask" in batch:
                     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
             return batch
@@ -386,6 +438,8 @@ class LossTerms:
         """Return the task loss plus the terms; a term counts once an optimiser step, whatever the accumulation."""
         import transformers
 
+        about = {key: inputs.pop(key) for key in ABOUT if key in inputs}
+        about["step"] = self.state.global_step  # type: ignore[attr-defined]
         common: dict[str, Any] = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if self.own_loss:  # what comes back is divided by the accumulation, terms and all
             result, share = super().compute_loss(model, inputs, **common), 1  # type: ignore[misc]
@@ -395,7 +449,7 @@ class LossTerms:
             share = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         loss, outputs = result if return_outputs else (result, None)
         for term in self.terms:
-            loss = loss + term(model, inputs) / share
+            loss = loss + term(model, {**inputs, **about}) / share
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -478,6 +532,16 @@ class LossTerms:
         finite = torch.isfinite(loss.detach()).all()
         self._finite = finite if self._finite is None else self._finite & finite
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients of an objective's own network apart: neither they nor the task's shorten the other's."""
+        parameters = [(_plain(name), value) for name, value in model.named_parameters()]
+        own = [value for name, value in parameters if name.startswith("objective.")]
+        if not own:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        clip, most = self.accelerator.clip_grad_norm_, self.args.max_grad_norm  # type: ignore[attr-defined]
+        clip(own, most)
+        return clip([value for name, value in parameters if not name.startswith("objective.")], most)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log, unless the loss is not finite: later checkpoints would push out the last good one."""
