@@ -642,7 +642,7 @@ def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_u
     if values.shape != plan.note_patient.shape or not (values > 0).all():
         raise UsageError(f"{name}: values must be positive, one for each of the plan's notes")
     logs = patient_means(np.log(values)[:, None], plan)
-    difference, error, freedom = (found[0] for found in _studentised(logs, plan))
+    difference, error, freedom = (found[0] for found in studentised(logs, plan))
     low = high = math.nan
     note = ""
     if error[0] == 0:
@@ -658,7 +658,7 @@ def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_u
     )
 
 
-def _studentised(values: np.ndarray, plan: PermutationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def studentised(values: np.ndarray, plan: PermutationPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Difference of patients' means, its standard error, and Welch's degrees of freedom, for every relabelling.
 
     Parameters
@@ -800,7 +800,7 @@ def max_t_test(
         raise UsageError(f"{name}: values hold infinities")
     measured = np.isfinite(values)
     patients = _measured_means(values, measured, plan.note_patient, len(plan.patients))
-    difference, error, freedom = _studentised(patients, plan)
+    difference, error, freedom = studentised(patients, plan)
     if cells is None:
         statistic, why = _absolute_t(difference, error), ""
     else:
