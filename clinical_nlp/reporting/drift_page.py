@@ -14,6 +14,7 @@ _NAMES = {
     "length": "Length of notes",
     "vocabulary": "Words used",
     "vocabulary_kl": "Words used (directed)",
+    "units": "Clinical units",
     "utilisation": "Notes a patient",
 }
 _UNITS = {
@@ -22,18 +23,37 @@ _UNITS = {
     "length": "times as many words a note",
     "vocabulary": "bits a token beyond shuffled patients",
     "vocabulary_kl": "bits a token beyond shuffled patients",
+    "units": "largest |t| of all units",
     "utilisation": "times as many notes a patient",
 }
 _SHOWN_INSTITUTIONS = 25
+_SHOWN_UNITS = 12
+_QUESTIONS = {
+    "style": "Is it written differently?",
+    "prevalence": "Is the label more or less common?",
+    "association": "Does style go with the label in another way?",
+    "annotation": "Do annotators follow another convention?",
+    "outputs": "Does the model say other things?",
+    "loss": "Is the model differently often wrong?",
+}
+_ANSWERS = {"changed": "yes", "changed_if": "yes, if", "not_found": "not found", "cannot_tell": "cannot tell"}
 
 
 def drift_page(results: dict[str, Any]) -> str:
     """Render the results of `recipes.drift`; they hold no note text, and neither does the page."""
     comparisons = results["comparisons"]
-    sections = [Section("The answer", [_answer(item) for item in comparisons])]
+    answers: list[Any] = [_answer(item) for item in comparisons]
+    for item in comparisons:
+        if item["advice"]:
+            answers.append(Text(f"What to do about {item['other']} and {item['reference']}:"))
+            answers.append(Points(item["advice"]))
+    sections = [Section("The answer", answers)]
     sections.append(Section("What may be claimed, and what not", [Points(_claims(results))]))
     for item in comparisons:
+        sections.append(_units(item, results["protocol"]))
+        sections.append(_questions(item))
         sections.append(_details(item, results["protocol"]))
+    sections = [section for section in sections if section.blocks]
     sections += [_compared(results), _method(results)]
     names = f"{results['reference']} against " + ", ".join(item["other"] for item in comparisons)
     protocol = results["protocol"]
@@ -66,38 +86,62 @@ def _answer(item: dict[str, Any]) -> Notice:
             "caution",
             f"{pair}: too few patients to tell",
         )
-    auc = tests["domain_classifier"]
+    pairs = _pairs_told(item, tests.get("domain_classifier"))
+    if item["verdict"] == "not_distinguished":
+        n_tests = {2: "two", 4: "four", 5: "five"}.get(len(item["adjusted_p"]), str(len(item["adjusted_p"])))
+        return Notice(
+            f"{pairs}None of the {n_tests} tests finds a difference beyond chance. That is not proof that they are "
+            "alike: a difference too small for this number of patients would look the same.",
+            "plain",
+            f"{pair}: no difference found",
+        )
+    return Notice(" ".join(_differences(item, tests)) + f" {pairs}", "bad", f"{pair}: the notes differ")
+
+
+def _pairs_told(item: dict[str, Any], auc: dict[str, Any] | None) -> str:
+    if auc is None:
+        return ""
     share = 100 * auc["effect"]
     right = "more than 99" if share > 99 else f"{share:.0f}"
-    pairs = (
+    return (
         f"Given one note each of a patient of {item['other']} and of a patient of {item['reference']} that it has not "
         f"seen before, a simple classifier tells which is which in {right} of 100 pairs (50 would be "
         f"guessing; AUC {number(auc['effect'])}, 95 % interval {interval(auc['low'], auc['high'])})."
     )
-    if item["verdict"] == "not_distinguished":
-        return Notice(
-            f"{pairs} None of the four tests finds a difference beyond chance. That is not proof that they are alike: "
-            "a difference too small for this number of patients would look the same.",
-            "plain",
-            f"{pair}: no difference found",
-        )
-    return Notice(" ".join([pairs, *_differences(item, tests)]), "bad", f"{pair}: the notes differ")
 
 
 def _differences(item: dict[str, Any], tests: dict[str, dict[str, Any]]) -> list[str]:
-    length, words, adjusted = tests["length"], tests["vocabulary"], item["adjusted_p"]
-    found = [_NAMES[name].lower() for name, p in adjusted.items() if p is not None and p <= 0.05]
-    said = [f"Beyond chance: {', '.join(found)}."]
-    if (adjusted.get("length") or 1) <= 0.05:
+    adjusted = item["adjusted_p"]
+    said = []
+    if named := [unit for unit in item["units"] if unit["adjusted_p"] <= 0.05]:
+        shown = [_change(unit) for unit in named[:5]]
+        more = f", and {len(named) - 5} more" if len(named) > 5 else ""
+        said.append(f"From {item['reference']} to {item['other']}: {'; '.join(shown)}{more}.")
+    elif (adjusted.get("length") or 1) <= 0.05:
+        length = tests["length"]
         said.append(
             f"Notes of {item['other']} have {number(length['effect'])} times as many words "
             f"({interval(length['low'], length['high'])})."
         )
     if (adjusted.get("vocabulary") or 1) <= 0.05:
+        words = tests["vocabulary"]
         said.append(
             f"Their words diverge by {number(words['effect'])} bits a token beyond what shuffling patients gives."
         )
+    found = [_NAMES[name].lower() for name, p in adjusted.items() if p is not None and p <= 0.05]
+    said.append(f"Beyond chance: {', '.join(found)}.")
     return said
+
+
+def _change(unit: dict[str, Any]) -> str:
+    """One unit as a phrase: what it is, from how much to how much."""
+    name = unit["name"] if unit["name"][:2].isupper() else unit["name"][0].lower() + unit["name"][1:]
+    before, after = _side(unit, "reference"), _side(unit, "other")
+    return f"{name} {before} to {after} {unit['unit']}".replace(" % of", " % of")
+
+
+def _side(unit: dict[str, Any], side: str) -> str:
+    return f"about {number(unit['usual'])}" if unit[side] is None else number(unit[side])
 
 
 def _claims(results: dict[str, Any]) -> list[str]:
@@ -127,11 +171,21 @@ def _claims(results: dict[str, Any]) -> list[str]:
             "Nothing may be claimed where there are too few patients. Add patients, or compare at a coarser level "
             "(another --institution-from)."
         )
-    points.append(
-        "Two institutions are two institutions: nothing here generalises to hospitals that were not compared."
-    )
+    points.append(_further(results))
     points.append(f"“Institution” here means: {results['account']['institution_means'].rstrip('.')}.")
     return points
+
+
+def _further(results: dict[str, Any]) -> str:
+    """What this says about institutions that were not compared."""
+    coming = results.get("new_institution")
+    if coming is None:
+        return "The statement is about these institutions; nothing here is about hospitals that were not compared."
+    return (
+        f"For one more institution, the AUC against {results['reference']} would lie between {number(coming['low'])} "
+        f"and {number(coming['high'])} (95 % prediction interval from {coming['n']} institutions, taken as a sample of "
+        f"those that could come). No p-value over institutions is given; that needs {coming['needed']}."
+    )
 
 
 def _mixes(results: dict[str, Any]) -> list[str]:
@@ -153,6 +207,83 @@ def _mixes(results: dict[str, Any]) -> list[str]:
     return points
 
 
+def _units(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
+    """What changed, in units that a reader knows, ranked."""
+    heading = f"{item['other']} against {item['reference']}: what changed, in clinical units"
+    units = item["units"]
+    if not units or item["verdict"] == "too_few":
+        return Section(heading, [])
+    first = units[:_SHOWN_UNITS]
+    rows = [(_short(unit["name"]), _bounded(unit["t"]), f"p {p_text(unit['adjusted_p'])}") for unit in first]
+    blocks: list[Any] = [
+        Figure(
+            null_plot(rows, title="Clinical units, ranked", x_label="difference in standard errors; right: more of it"),
+            "The units that differ most. Shaded: two standard errors. p-values are adjusted for all units together.",
+        )
+    ]
+    named = [unit for unit in units if unit["adjusted_p"] <= 0.05]
+    shown = named if len(named) > _SHOWN_UNITS else first
+    table = []
+    for unit in shown:
+        times = unit["scale"] == "ratio" and unit["difference"] is not None
+        table.append(
+            [
+                unit["name"],
+                unit["unit"],
+                _side(unit, "reference"),
+                _side(unit, "other"),
+                (f"× {number(unit['difference'])}" if times else number(unit["difference"])),
+                interval(unit["low"], unit["high"]),
+                p_text(unit["adjusted_p"]),
+            ]
+        )
+    smallest = protocol["smallest_cell"]
+    blocks.append(
+        Table(
+            ["", "unit", item["reference"], item["other"], "difference", "95 % interval", "p (adjusted)"],
+            table,
+            f"{len(named)} of {len(units)} units differ beyond chance. Averages over "
+            f"{item['n_patients_together']} patients. "
+            f"“About”: fewer than {smallest} patients depart from that value, and nothing more is shown. "
+            "Units measured on too few patients are left out; all others are in results.json.",
+        )
+    )
+    return Section(heading, blocks)
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 34 else name[:31] + "..."
+
+
+def _bounded(t: float | None) -> float:
+    return 99.0 if t is None else t
+
+
+def _questions(item: dict[str, Any]) -> Section:
+    """What changed behind the text, as far as the evidence carries."""
+    heading = f"{item['other']} against {item['reference']}: what may have changed"
+    if not item["claims"]:
+        return Section(heading, [])
+    rows = []
+    for claim in item["claims"]:
+        condition = f" {claim['condition']}" if claim["answer"] == "changed_if" else ""
+        reason = claim["reason"][0].upper() + claim["reason"][1:] + "."
+        if claim["condition"] and claim["answer"] != "changed_if":
+            reason += f" The assumption would be: {claim['condition']}."
+        for name, found in claim["estimates"].items():
+            side = item[name] if name in ("reference", "other") else name
+            reason += f" {side}: {number(found['value'])} ({interval(found['low'], found['high'])}; {found['part']})."
+        n = f"{claim['n_patients']} patients, {claim['n_notes']} notes"
+        rows.append(
+            [_QUESTIONS[claim["question"]], _ANSWERS[claim["answer"]] + condition, reason, p_text(claim["p_value"]), n]
+        )
+    caption = (
+        "“Cannot tell” is an answer: text alone does not show how annotators mark, nor what style goes with. Each "
+        "question has the 5 % level for itself."
+    )
+    return Section(heading, [Table(["question", "answer", "why", "p", "from"], rows, caption)])
+
+
 def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
     heading = f"{item['other']} against {item['reference']}: what was measured"
     tests = _tests(item)
@@ -171,7 +302,7 @@ def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
                 "How many notes patients have differs",
             )
         )
-    shown = ["domain_classifier", "mmd", "length", "vocabulary"]
+    shown = [name for name in ("domain_classifier", "mmd", "length", "vocabulary", "units") if name in tests]
     rows = []
     for name in shown:
         test = tests[name]
@@ -304,6 +435,15 @@ def _compared(results: dict[str, Any]) -> Section:
 
 def _method(results: dict[str, Any]) -> Section:
     protocol = results["protocol"]
+    if protocol["from_profiles"]:
+        points = [
+            "Unit: the patient; every patient weighs the same in a profile.",
+            f"Representation: {protocol['representation']}.",
+            "Text as a whole: unbiased squared distance of the mean random features. Clinical units: the largest |t|.",
+            f"p-values: {protocol['p_values']}. A difference is claimed at 0.05 after Holm.",
+            "From profiles no classifier, no vocabulary and no strata: who gives the exports gets these too.",
+        ]
+        return Section("How", [Points(points)])
     strata = []
     if protocol["strata"] == "profile":
         strata = [
@@ -327,6 +467,8 @@ def _method(results: dict[str, Any]) -> Section:
                     "Text as a whole: unbiased squared maximum mean discrepancy, three Gaussian kernels around the "
                     "pooled median distance, pairs of one patient left out.",
                     "Length: ratio of geometric means of words a note; Welch's t, permuted.",
+                    "Clinical units: a fixed list of measures of every note, averaged within patients; Welch's t of "
+                    "each, the largest permuted, p-values of all adjusted together (step-down).",
                     "Words used: Jensen-Shannon divergence of the average note's tokens; directed: Kullback-Leibler of "
                     "the other institution from the reference. Both as excess over shuffled patients.",
                     f"p-values: {protocol['p_values']}. A difference is claimed at 0.05 after Holm.",

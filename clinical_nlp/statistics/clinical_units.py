@@ -148,26 +148,33 @@ def measure(notes: Sequence[Note]) -> NoteMeasures:
     together (blind to institutions): they depend on how many patients there are.
     """
     counted = [_measured(note) for note in notes]
-    shared = _shared_lines(notes)
-    units = [*_UNITS, SHARED_LINES]
-    kinds = Counter((note.note_type or "").strip().lower() for note in notes)
-    languages = Counter(note.language for note in notes)
-    columns = [
-        *np.array([[found[unit.key] for unit in _UNITS] for found in counted]).reshape(-1, len(_UNITS)).T,
-        shared,
-    ]
-    if len(kinds) > 1:
-        for kind in sorted(kinds):
-            units.append(ClinicalUnit(f"type:{kind}", f"Note type: {kind or '(none given)'}", "% of notes", "mix"))
-            own = [(note.note_type or "").strip().lower() == kind for note in notes]
-            columns.append(100.0 * np.array(own))
-    if len(languages) > 1:
-        for language in sorted(languages):
-            units.append(ClinicalUnit(f"language:{language}", f"Language: {language}", "% of notes", "mix"))
-            columns.append(100.0 * np.array([note.language == language for note in notes]))
+    units = units_of(notes)
+    table = np.array([[found[unit.key] for unit in _UNITS] for found in counted]).reshape(-1, len(_UNITS))
+    columns = [*table.T]
+    for unit in units[len(_UNITS) :]:
+        what, _, name = unit.key.partition(":")
+        own = [(_kind(note) if what == "type" else note.language) == name for note in notes]
+        columns.append(100.0 * np.array(own))
+    units, columns = (*units, SHARED_LINES), [*columns, _shared_lines(notes)]
     values = np.column_stack(columns) if notes else np.zeros((0, len(units)))
     kept = [i for i in range(len(units)) if np.isfinite(values[:, i]).any() and np.nanmax(np.abs(values[:, i])) > 0]
     return NoteMeasures(values[:, kept], tuple(units[i] for i in kept))
+
+
+def units_of(notes: Sequence[Note]) -> tuple[ClinicalUnit, ...]:
+    """Return the units of the fixed list, and one for each note type and language where these notes have several."""
+    found = list(_UNITS)
+    kinds = sorted({_kind(note) for note in notes})
+    languages = sorted({note.language for note in notes})
+    if len(kinds) > 1:
+        found += [ClinicalUnit(f"type:{k}", f"Note type: {k or '(none given)'}", "% of notes", "mix") for k in kinds]
+    if len(languages) > 1:
+        found += [ClinicalUnit(f"language:{name}", f"Language: {name}", "% of notes", "mix") for name in languages]
+    return tuple(found)
+
+
+def _kind(note: Note) -> str:
+    return (note.note_type or "").strip().lower()
 
 
 def common(column: np.ndarray, note_patient: np.ndarray, fewest_patients: int) -> bool:

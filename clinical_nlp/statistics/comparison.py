@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from clinical_nlp.errors import TooFewPatientsError
 from clinical_nlp.notes.schema import Note
-from clinical_nlp.statistics.attribution import Claim, Conventions, attribute
+from clinical_nlp.statistics.attribution import Claim, Conventions, attribute, text_scores
 from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, common, measure, shared_end_lines
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import SampledNotes
@@ -38,6 +39,19 @@ Basis = Literal["all_notes", "one_note"]
 
 
 @dataclass(frozen=True, slots=True)
+class UnitShift:
+    """How one clinical unit differs, and on which sides fewer than 11 patients depart from its commonest value.
+
+    On such a side the number of the shift must not be shown; `usual` is the commonest value.
+    """
+
+    unit: ClinicalUnit
+    shift: MeasureShift
+    usual: float = math.nan
+    few: tuple[bool, bool] = (False, False)
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What was found between a reference and another institution.
 
@@ -59,8 +73,9 @@ class Comparison:
     one_note: tuple[TestResult, ...] = ()
     tokens: tuple[TokenShift, ...] = ()
     adjusted: tuple[tuple[str, float], ...] = ()
-    units: tuple[tuple[ClinicalUnit, MeasureShift], ...] = ()
+    units: tuple[UnitShift, ...] = ()
     claims: tuple[Claim, ...] = ()
+    confirmatory: tuple[str, ...] = CONFIRMATORY
 
     @property
     def tests(self) -> dict[str, TestResult]:
@@ -167,12 +182,19 @@ def compare(
         ]
         raw, patients = looked_at.values[kept], plan.note_patient
         columns = [i for i in range(len(looked_at.units)) if common(raw[:, i], patients, SMALLEST_CELL)]
-        units: tuple[tuple[ClinicalUnit, MeasureShift], ...] = ()
+        units: tuple[UnitShift, ...] = ()
         if columns:
             found = max_t_test(values[kept][:, columns], [looked_at.units[i].key for i in columns], plan, name="units")
             tests.append(found.test)
-            pairs = zip([looked_at.units[i] for i in columns], found.measures, strict=True)
-            units = tuple(sorted(pairs, key=lambda pair: (pair[1].adjusted_p, -pair[1].statistic)))
+            units = tuple(
+                sorted(
+                    (
+                        _unit_shift(looked_at.units[i], shift, raw[:, i], plan)
+                        for i, shift in zip(columns, found.measures, strict=True)
+                    ),
+                    key=lambda item: (item.shift.adjusted_p, -item.shift.statistic),
+                )
+            )
         return _Tested(plan, tuple(tests), vocabulary.tokens, units)
 
     everything, single = test(np.arange(len(texts))), test(np.flatnonzero(sample.is_first))
@@ -185,6 +207,8 @@ def compare(
     if min(people) >= FEWEST_PATIENTS:
         kept = np.flatnonzero(sample.is_first) if unequal else np.arange(len(texts))
         known = gold.select(kept)
+        if known.labels is not None and known.logits is None:
+            known = replace(known, logits=_word_scores([texts[i] for i in kept], chosen.plan, known.labels))
         claims = attribute(
             chosen.plan,
             NoteMeasures(values[kept], looked_at.units),
@@ -208,11 +232,29 @@ def compare(
     )
 
 
+def _word_scores(texts: Sequence[str], plan: PermutationPlan, labels: np.ndarray) -> np.ndarray | None:
+    """Score the label by words where the reference has enough labelled patients for that."""
+    at_home = np.where(plan.is_target[plan.note_patient], math.nan, labels)
+    try:
+        return text_scores(texts, plan, at_home)
+    except TooFewPatientsError:
+        return None
+
+
 class _Tested(NamedTuple):
     plan: PermutationPlan
     tests: tuple[TestResult, ...]
     tokens: tuple[TokenShift, ...]
-    units: tuple[tuple[ClinicalUnit, MeasureShift], ...]
+    units: tuple[UnitShift, ...]
+
+
+def _unit_shift(unit: ClinicalUnit, shift: MeasureShift, column: np.ndarray, plan: PermutationPlan) -> UnitShift:
+    rounded = np.round(column, 6)
+    values, counts = np.unique(rounded[np.isfinite(rounded)], return_counts=True)
+    usual = float(values[counts.argmax()])
+    departing = np.unique(plan.note_patient[np.isfinite(rounded) & (rounded != usual)])
+    few = [int((plan.is_target[departing] == side).sum()) < SMALLEST_CELL for side in (False, True)]
+    return UnitShift(unit, shift, usual, (few[0], few[1]))
 
 
 def _without_type_means(values: np.ndarray, types: Sequence[str | None]) -> np.ndarray:
@@ -235,14 +277,16 @@ def permutations_needed(n_comparisons: int) -> int:
 def decide(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Adjust the confirmatory tests of all comparisons together (Holm) and give each its verdict."""
     judged = [index for index, item in enumerate(comparisons) if item.tests]
-    names = [(index, name) for index in judged for name in CONFIRMATORY if name in comparisons[index].tests]
+    # A test that could not be made has no p-value and counts in the family all the same.
+    names = [(index, name) for index in judged for name in comparisons[index].confirmatory]
     # Comparisons with too few patients get no verdict, and take no part in the family that verdicts come from.
     family = [key for key in names if min(comparisons[key[0]].n_patients) >= FEWEST_PATIENTS]
-    p_values = holm([comparisons[index].tests[name].p_value for index, name in family])
+    made = [comparisons[index].tests.get(name) for index, name in family]
+    p_values = holm([math.nan if test is None else test.p_value for test in made])
     adjusted = dict(zip(family, p_values, strict=True))
     decided = []
     for index, item in enumerate(comparisons):
-        mine = tuple((name, adjusted[index, name]) for name in CONFIRMATORY if (index, name) in adjusted)
+        mine = tuple((name, adjusted[index, name]) for name in item.confirmatory if (index, name) in adjusted)
         verdict: Verdict = "too_few"
         if mine:
             verdict = "differ" if any(p <= LEVEL for _, p in mine) else "not_distinguished"

@@ -105,6 +105,43 @@ def hashed_features(texts: Sequence[str], *, dimensions: int = 64, seed: int = 0
     return np.ascontiguousarray(reduced, dtype=np.float32)
 
 
+def projected_words(texts: Sequence[str], *, dimensions: int = 96, seed: int = 0) -> np.ndarray:
+    """Represent texts without a model and without looking at any other text: hashed words, projected at random.
+
+    Tokens and token pairs are hashed, their counts dampened (1 + log), rows brought to unit length and projected by
+    random signs, so that inner products stay what they were up to 1 / sqrt(dimensions). Institutions that never
+    exchange a note get comparable vectors.
+
+    Parameters
+    ----------
+    texts : the notes.
+    dimensions : of the result.
+    seed : of the signs.
+
+    Returns
+    -------
+    (n, dimensions) float32.
+
+    References
+    ----------
+    Achlioptas 2003, Database-friendly random projections, Journal of Computer and System Sciences 66.
+    """
+    from scipy import sparse
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hashing = HashingVectorizer(
+        analyzer=_tokens_and_pairs, n_features=2**15, alternate_sign=False, norm=None, dtype=np.float32
+    )
+    counts = sparse.csr_array(hashing.transform(texts))
+    counts.data = 1 + np.log(counts.data)
+    length = np.sqrt(np.asarray(counts.multiply(counts).sum(axis=1)).ravel())
+    # The legacy generator: its stream is frozen.
+    signs = np.random.RandomState(seed).randint(0, 2, (2**15, dimensions), dtype=np.int8).astype(np.float32) * 2 - 1
+    projected = counts @ signs
+    projected /= np.maximum(length, 1e-12)[:, None] * np.sqrt(dimensions)
+    return np.ascontiguousarray(projected, dtype=np.float32)
+
+
 def _tokens_and_pairs(text: str) -> list[str]:
     tokens = tokens_of(text)
     return tokens + [f"{left} {right}" for left, right in pairwise(tokens)]
