@@ -352,7 +352,7 @@ def _mlp(data: _Training) -> Scorer:
     check = torch.tensor(data.check)
     fit, left = torch.nonzero(~check)[:, 0], torch.nonzero(check)[:, 0]
     best, kept, waited = math.inf, [value.detach().clone() for value in net.parameters()], 0
-    for _ in range(60):
+    for _ in range(150):
         for rows in fit[torch.randperm(len(fit), generator=generator)].split(128):
             optimizer.zero_grad()
             (entropy(net(x[rows]), y[rows]) * w[rows]).mean().backward()
@@ -364,7 +364,7 @@ def _mlp(data: _Training) -> Scorer:
             loss = float((entropy(net(x[left]), y[left]) * w[left]).sum() / w[left].sum())
         if loss < best - 1e-4:
             best, kept, waited = loss, [value.detach().clone() for value in net.parameters()], 0
-        elif (waited := waited + 1) >= 6:
+        elif (waited := waited + 1) >= 20:
             break
     with torch.no_grad():
         for value, good in zip(net.parameters(), kept, strict=True):
