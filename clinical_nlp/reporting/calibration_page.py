@@ -88,7 +88,7 @@ def _verdict(results: dict[str, Any], place: str) -> Notice:
             f"{number(100 * covered['value'])} % ({interval(100 * covered['low'], 100 * covered['high'])})."
         )
     found.append(_worth(results, place))
-    return Notice(" ".join(found), tone, f"{place[0].upper()}{place[1:]}: {heading}")
+    return Notice(" ".join(found), tone, f"{'All institutions' if place == _EVERYWHERE else place}: {heading}")
 
 
 def _worth(results: dict[str, Any], place: str) -> str:
@@ -185,7 +185,6 @@ def _sets(results: dict[str, Any], places: list[str]) -> Section:
         "share of empty sets",
         "share of undecided sets",
         "patients",
-        "items",
     ]
     caption = (
         f"Sets promise the right answer in {number(100 * promised)} % of the items of new patients like the "
