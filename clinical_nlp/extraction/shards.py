@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import errno
 import hashlib
 import json
@@ -125,23 +124,15 @@ class Extractor:
             return Annotated(reason=type(error).__name__)
 
     def _rows(self, note: Note, spans: list[Any]) -> Iterator[dict[str, Any]]:
-        from clinical_nlp.language.sentences import find_sentences
-
-        mentions = self._annotator.annotate(note.text, extra_spans=spans)
-        if not mentions:
-            return
         terminology = self._annotator.terminology
-        sentences = find_sentences(note.text)
-        starts = [start for start, _ in sentences]
-        digests: dict[int, str | None] = {}  # one a sentence: a note without punctuation is one long sentence
-        for mention in mentions:
+        digests: dict[tuple[int, int], str | None] = {}  # a note without punctuation is one long sentence
+        for mention in self._annotator.annotate(note.text, extra_spans=spans):
             covered = note.text[mention.start : mention.end]
             covered.encode("utf-8")
             if covered != mention.text or not covered or mention.lane not in _LANES:
                 raise SpanMismatchError
-            place = bisect.bisect_right(starts, mention.start) - 1
-            if place >= 0 and place not in digests:
-                digests[place] = _sentence_digest(note.text, sentences[place])
+            if mention.sentence not in digests:
+                digests[mention.sentence] = _sentence_digest(note.text, mention.sentence)
             said = mention.assertion
             yield {
                 "institution": note.institution,
@@ -165,7 +156,7 @@ class Extractor:
                 "score": round(float(mention.score), 4),
                 "lane": mention.lane,
                 "copied_from": None,
-                "sentence_digest": digests.get(place),
+                "sentence_digest": digests[mention.sentence],
                 "snippet": snippet(note.text, mention.start, mention.end).encode("utf-8", "replace").decode(),
             }
 

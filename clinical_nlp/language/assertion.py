@@ -37,7 +37,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,21 +175,35 @@ def _trie() -> dict[str, Any]:
         if row["kind"] == "class":
             continue
         rule = _Rule(row["kind"], row["axis"], row["value"], row["direction"], int(row["scope"]))
+        key = "end " + rule.axis if rule.kind == "end" else rule.axis
         parts = [
             [*members[part[:-1]], ""] if part[:1] == "@" and part[-1] == "?" else members.get(part, [part])
             for part in row["phrase"].lower().split()
         ]
-        for choice in product(*parts):
-            node = root
-            for part in choice:
-                for word in (part,) if part in (_NUMBER, _YEAR, _ANCHOR) else _TOKEN.findall(part):
-                    node = node.setdefault(word, {})
-            by_axis = node.setdefault("", {})
-            rules = by_axis.setdefault("end " + rule.axis if rule.kind == "end" else rule.axis, [])
+        nodes = [root]
+        for choices in parts:
+            # Each member once from each place reached: the phrases of a class share their beginnings.
+            reached = []
+            for words in (_words_of(choice) for choice in choices):
+                for node in nodes:
+                    for word in words:
+                        node = node.setdefault(word, {})
+                    reached.append(node)
+            nodes = reached
+        for node in nodes:
+            rules = node.setdefault("", {}).setdefault(key, [])
             if rule not in rules:
                 rules.append(rule)
-                rules.sort(key=lambda r: r.kind != "pseudo")
+                rules.sort(key=_by_kind)
     return root
+
+
+def _words_of(part: str) -> Sequence[str]:
+    return (part,) if part in (_NUMBER, _YEAR, _ANCHOR) else _TOKEN.findall(part)
+
+
+def _by_kind(rule: _Rule) -> bool:
+    return rule.kind != "pseudo"
 
 
 @lru_cache(maxsize=1)

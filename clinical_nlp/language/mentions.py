@@ -24,6 +24,7 @@ class Mention:
     """A concept or entity at [start, end) of a note. `section` is None where the note has no header before it.
 
     `lane` says who found it: dictionary, model, both, or measurement; `concept_id` is None where only the model did.
+    `sentence` is the sentence in which it begins.
     """
 
     start: int
@@ -35,6 +36,7 @@ class Mention:
     section: str | None
     score: float
     lane: str
+    sentence: tuple[int, int]
 
 
 @lru_cache(maxsize=4)
@@ -105,12 +107,17 @@ class Annotator:
                 + [(start, end, concept_id, PHENOTYPE, 0.9, "measurement") for start, end, concept_id in measured],
                 key=lambda f: (f[0], -f[1], f[2] or ""),
             )
-        asserted = assert_spans(text, [(f[0], f[1]) for f in found], sections=sections, sentences=find_sentences(text))
+        sentences = find_sentences(text)
+        begins = [sentence[0] for sentence in sentences]
+        asserted = assert_spans(text, [(f[0], f[1]) for f in found], sections=sections, sentences=sentences)
         mentions = []
-        for (start, end, concept_id, label, score, lane), assertion in zip(found, asserted, strict=True):
+        for (start, end, concept_id, label, score, lane), said in zip(found, asserted, strict=True):
             section = sections[bisect_right(starts, start) - 1]
             category = section.category if section.named else None
-            mentions.append(Mention(start, end, text[start:end], concept_id, label, assertion, category, score, lane))
+            sentence = sentences[bisect_right(begins, start) - 1]
+            mentions.append(
+                Mention(start, end, text[start:end], concept_id, label, said, category, score, lane, sentence)
+            )
         return mentions
 
 

@@ -43,13 +43,14 @@ _LINE = re.compile(
 )
 _INLINE = re.compile(r"(?<=[.,;:)\]?!\"'] )(?P<name>[A-Z][A-Z0-9&/'() \-]{1,60}?)[ \t]*(?::|[-–](?=[ \t]))|"
                      r"(?<=[.,;]),?(?P<tight>[A-Z][A-Z&/'() \-]{1,60}?)[ \t]*:")  # fmt: skip
-_SOAP = re.compile(r"(?:^|(?<=\n)|(?<=[.,]))[ \t]*(?P<name>[SOAP]):(?=[\s,])")
+_SOAP = re.compile(r"[SOAP]:(?=[\s,])")
 _SOAP_CATEGORIES = {
     "S": "history_of_present_illness",
     "O": "physical_exam",
     "A": "assessment_plan",
     "P": "assessment_plan",
 }
+_WORD = re.compile(r"[A-Za-z]+")
 _SPACES = re.compile(r"[^a-z0-9&/]+")
 
 
@@ -113,11 +114,14 @@ def find_sections(text: str) -> list[Section]:
     if not text:
         return []
     heads: list[tuple[int, int, int, str]] = []  # section start, header start, header end, category
-    for found in _LINE.finditer(text):
-        category = _line_category(found, text)
-        if category is not None:
-            start = found.start() + (len(found[0]) - len(found[0].lstrip()))
-            heads.append((start, found.start("name"), found.end("name"), category))
+    place = 0
+    for line in text.split("\n"):
+        if line and _may_be_header(line) and (found := _LINE.match(text, place)) is not None:
+            category = _line_category(found, text)
+            if category is not None:
+                start = found.start() + (len(found[0]) - len(found[0].lstrip()))
+                heads.append((start, found.start("name"), found.end("name"), category))
+        place += len(line) + 1
     lines = {head[1] for head in heads}
     for found in _INLINE.finditer(text):
         group = "name" if found["name"] else "tight"
@@ -128,12 +132,11 @@ def find_sections(text: str) -> list[Section]:
             category = "other" if alone or " " in found[group].strip() else None
         if category and category != _INHERIT and found.start(group) not in lines:
             heads.append((found.start(group), found.start(group), found.end(group), category))
-    soap = list(_SOAP.finditer(text)) if "O:" in text or "A:" in text or "P:" in text else []
-    if {"O", "A", "P"} & {found["name"] for found in soap} and len({found["name"] for found in soap}) > 1:
-        for found in soap:
-            place = found.span("name")
-            if place[0] not in lines:
-                heads.append((place[0], *place, _SOAP_CATEGORIES[found["name"]]))
+    soap = [found.start() for found in _SOAP.finditer(text) if _opens_line(text, found.start())]
+    if (letters := {text[place] for place in soap}) & {"O", "A", "P"} and len(letters) > 1:
+        for place in soap:
+            if place not in lines:
+                heads.append((place, place, place + 1, _SOAP_CATEGORIES[text[place]]))
     heads.sort()
     sections: list[Section] = []
     previous = (0, 0, 0, "other")
@@ -148,6 +151,37 @@ def find_sections(text: str) -> list[Section]:
     if first.start > 0:
         sections.insert(0, Section(0, first.start, 0, 0, "other"))
     return sections
+
+
+def _opens_line(text: str, place: int) -> bool:
+    """Whether only blanks stand before `place` in its line or sentence."""
+    while place and text[place - 1] in " \t":
+        place -= 1
+    return not place or text[place - 1] in "\n.,"
+
+
+@lru_cache(maxsize=1)
+def _first_words() -> frozenset[str]:
+    return frozenset(_WORD.findall(key)[0] for key in _headers())
+
+
+def _may_be_header(line: str) -> bool:
+    """Whether it is worth while to look at a line: most begin with a word that no header begins with."""
+    first = _WORD.search(line)
+    if first is None:
+        return False
+    word = first[0]
+    lower = word.lower()
+    known = _first_words()
+    return (
+        lower in known
+        or (lower[-1] == "s" and lower[:-1] in known)
+        or word.isupper()  # in capitals, or the number of a header (`IV.`)
+        or line[first.end() : first.end() + 1] in "'’"
+        or line.rstrip(" \t")[-1] in ":*_"
+        or "#" in line
+        or "**" in line
+    )
 
 
 def _opens_block(text: str, line: int) -> bool:

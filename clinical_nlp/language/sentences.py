@@ -20,6 +20,7 @@ _JOINERS = _words("joiner")  # no line of a list ends with one
 _STOP = re.compile(
     r"[.!?;](?:(?<=;)(?=\s)|(?<!;)[.!?]*[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|(?<=[a-z]{3}\.)(?=[A-Z][a-z]+\s))"
 )
+_ONE = re.compile(r"[^.!?;)]*+[.!?;]?+\s*+\Z")  # nothing in it can end a sentence but its end
 _SPEAKER = re.compile(r"[ \t]*\[[A-Za-z_]{2,20}\][ \t]")
 _ASKED = re.compile(r"\s+\[")  # `any fever ? [patient]`
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
@@ -36,6 +37,9 @@ def find_sentences(text: str) -> list[tuple[int, int]]:
     """
     spans: list[tuple[int, int]] = []
     for start, end in _units(text):
+        if _ONE.match(text, start, end):
+            _append(text, start, end, spans)
+            continue
         for item in _items(text, start, end):
             _split_unit(text, *item, spans)
     return spans
@@ -44,56 +48,45 @@ def find_sentences(text: str) -> list[tuple[int, int]]:
 def _units(text: str) -> list[tuple[int, int]]:
     """Join wrapped lines; what comes back holds no line break that ends a sentence."""
     units: list[tuple[int, int]] = []
-    lines = []
-    position = 0
+    place = 0
+    block: list[tuple[int, str]] = []
     for line in text.split("\n"):
-        lines.append((position, position + len(line)))
-        position += len(line) + 1
-    block: list[tuple[int, int]] = []
-    for start, end in lines:
-        if text[start:end].strip():
-            block.append((start, end))
-        else:
-            _join_block(text, block, units)
+        if line and not line.isspace():
+            block.append((place, line))
+        elif block:
+            _join_block(block, units)
             block = []
-    _join_block(text, block, units)
+        place += len(line) + 1
+    if block:
+        _join_block(block, units)
     return units
 
 
-def _join_block(text: str, block: list[tuple[int, int]], units: list[tuple[int, int]]) -> None:
-    if not block:
-        return
-    widths = [len(text[s:e].rstrip()) for s, e in block]
-    width = max(widths)
-    start, end = block[0]
+def _join_block(block: list[tuple[int, str]], units: list[tuple[int, int]]) -> None:
+    lines = [line.rstrip() for _, line in block]
+    width = max(map(len, lines))
+    start = block[0][0]
     for k in range(1, len(block)):
-        next_start, next_end = block[k]
-        if _wrapped(text, block[k - 1], block[k], widths[k - 1], width):
-            end = next_end
-        else:
-            units.append((start, end))
-            start, end = next_start, next_end
-    units.append((start, end))
+        if not _wrapped(lines[k - 1], block[k][1], width):
+            units.append((start, block[k][0] - 1))
+            start = block[k][0]
+    units.append((start, block[-1][0] + len(block[-1][1])))
 
 
-def _wrapped(text: str, line: tuple[int, int], following: tuple[int, int], size: int, width: int) -> bool:
-    """Whether the line break between two lines is only layout."""
-    upper = text[line[0] : line[1]].rstrip()
-    lower = text[following[0] : following[1]]
-    if _BULLET.match(lower) or _HEADER.match(lower) or upper[-1] in ".!?:;|" or "\t" in lower.strip() or "|" in lower:
-        return False
-    if _SPEAKER.match(lower) or is_header(lower) or is_header(upper):
-        return False
-    first = lower.lstrip()
-    word = first.split(None, 1)[0]
+def _wrapped(upper: str, lower: str, width: int) -> bool:
+    """Whether the break between two lines is only layout. `upper` ends with a word."""
     last = upper.rsplit(None, 1)[-1]
-    if last[-1] in ",-/(&+" or last.lower() in _JOINERS:
-        return True
-    # A writer's or printer's wrap: the next word would not have fitted.
-    full = 40 <= width <= 140 and size + 1 + len(word) >= width - 1
-    if first[0].islower() or first[0] in ",;)":
-        return full or size >= 25
-    return full
+    if last[-1] in ".!?:;|":
+        return False
+    if last[-1] not in ",-/(&+" and last.lower() not in _JOINERS:
+        # A writer's or printer's wrap: the next word would not have fitted.
+        first = lower.split(None, 1)[0]
+        full = 40 <= width <= 140 and len(upper) + 1 + len(first) >= width - 1
+        if not full and (len(upper) < 25 or not (first[0].islower() or first[0] in ",;)")):
+            return False
+    if _BULLET.match(lower) or _HEADER.match(lower) or "\t" in lower.strip() or "|" in lower:
+        return False
+    return not (_SPEAKER.match(lower) or is_header(lower) or is_header(upper))
 
 
 def _items(text: str, start: int, end: int) -> list[tuple[int, int]]:

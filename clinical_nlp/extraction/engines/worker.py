@@ -6,6 +6,7 @@ imported again, and it ends by itself when the process that started it is gone, 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> None:
     try:
         kinds: dict[str, Callable[..., Callable[[str, Any], Any]]] = {"notes": _notes, "patients": _patients}
         work = kinds[arguments[3]](*arguments[4:])
+        gc.freeze()  # the collector need not walk the terminology again and again
         answers.send(("ready", None))
         while True:
             try:

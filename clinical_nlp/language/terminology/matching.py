@@ -32,6 +32,7 @@ from clinical_nlp.language.terminology.index import (
     WEAK_WORD,
     Index,
 )
+from clinical_nlp.language.terminology.index_cache import cached_index
 from clinical_nlp.language.terminology.normalization import FREE, WEAK, light, root, same_single
 from clinical_nlp.language.terminology.spelling import LAST, SHORTEST, mended
 
@@ -106,7 +107,7 @@ class Matcher:
                 raise UsageError(msg)
         self.ids = frozenset().union(*map(terminology.descendants, within)) if within else terminology.matchable
         self._memo = _Memo(self._piece)
-        self._index = Index.build(terminology, self.ids)
+        self._index = cached_index(terminology, self.ids)
         self._passed = frozenset(row["form"] for row in _rows("modifiers.csv"))
 
     def match(self, text: str, *, nested: bool = False) -> list[Match]:
