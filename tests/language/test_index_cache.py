@@ -60,7 +60,9 @@ def test_other_ids_have_another_index(folder, terminology):
     assert cached_index(terminology, ["HP:0001250"]).ids == ("HP:0001250",)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b"", lambda data: data.replace(b"seiz", b"feiz")])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-10], lambda data: b"", lambda data: data.replace(b"seiz", b"feiz")]
+)
 def test_a_damaged_file_is_built_anew(folder, terminology, damage):
     whole = cached_index(terminology, terminology.matchable)
     (file,) = folder.iterdir()
