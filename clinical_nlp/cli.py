@@ -619,6 +619,29 @@ def drift(words: list[str]) -> int:
     return _execute(recipe, arguments, overrides)
 
 
+def profile(words: list[str]) -> int:
+    """Write a text-free summary of an export, which drift compares beside exports or instead of them."""
+    import importlib
+
+    from clinical_nlp.config import load_config
+
+    module = importlib.import_module("clinical_nlp.recipes.profile")
+    config_class = module.ExportConfig
+    parser = _Parser(prog="clinical-nlp profile", description=profile.__doc__)
+    parser.add_argument("sources", metavar="SOURCE", nargs="*", help="file or folder of an export; one or more")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="new .json file")
+    _add_config(parser, config_class, positional="sources")
+    arguments, overrides = _parse(parser, config_class, words)
+    if arguments.sources:
+        overrides["sources"] = arguments.sources
+    if arguments.output is None:
+        raise UsageError("--output FILE is needed")
+    found, rejected = module.write_profile(load_config(config_class, None, overrides), arguments.output)
+    print(f"profile: {len(found)} institutions; no text, no token, no id (the file says what leaves)")
+    print(f"result: {arguments.output}")
+    return REJECTED if rejected else 0
+
+
 def report(words: list[str]) -> int:
     """Render the HTML page of a run again."""
     parser = _Parser(prog="clinical-nlp report", description=report.__doc__)
@@ -642,6 +665,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "extract": extract,
     "review": review,
     "drift": drift,
+    "profile": profile,
     "evaluate": evaluate,
     "report": report,
 }

@@ -135,9 +135,8 @@ def _differences(item: dict[str, Any], tests: dict[str, dict[str, Any]]) -> list
 
 def _change(unit: dict[str, Any]) -> str:
     """One unit as a phrase: what it is, from how much to how much."""
-    name = unit["name"] if unit["name"][:2].isupper() else unit["name"][0].lower() + unit["name"][1:]
     before, after = _side(unit, "reference"), _side(unit, "other")
-    return f"{name} {before} to {after} {unit['unit']}".replace(" % of", " % of")
+    return f"{unit['name'][0].lower()}{unit['name'][1:]} from {before} to {after} {unit['unit']}"
 
 
 def _side(unit: dict[str, Any], side: str) -> str:
@@ -252,7 +251,10 @@ def _units(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
 
 
 def _short(name: str) -> str:
-    return name if len(name) < 34 else name[:31] + "..."
+    """A name as far as there is room beside a plot."""
+    name = name.removeprefix("Section: ").removeprefix("Short form: ")
+    name = name[0].upper() + name[1:]
+    return name if len(name) <= 27 else name[:25].rstrip() + "…"
 
 
 def _bounded(t: float | None) -> float:

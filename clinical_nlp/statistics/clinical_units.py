@@ -177,15 +177,19 @@ def _kind(note: Note) -> str:
     return (note.note_type or "").strip().lower()
 
 
-def common(column: np.ndarray, note_patient: np.ndarray, fewest_patients: int) -> bool:
+def common(
+    column: np.ndarray, note_patient: np.ndarray, fewest_patients: int, *, fewest_measured: int | None = None
+) -> bool:
     """Whether enough patients are measured, and enough differ from the commonest value, so that no few decide.
 
     Parameters
     ----------
     column : (n_notes,), NaN where not measured. note_patient : (n_notes,) int. fewest_patients : that must differ.
+    fewest_measured : that must be measured; default twice as many, for two institutions.
     """
     there = np.isfinite(column)
-    if len(np.unique(note_patient[there])) < 2 * fewest_patients:
+    needed = 2 * fewest_patients if fewest_measured is None else fewest_measured
+    if len(np.unique(note_patient[there])) < needed:
         return False
     rounded = np.round(column, 6)
     values, counts = np.unique(rounded[there], return_counts=True)

@@ -50,8 +50,9 @@ class Summary:
     """Patient means of one choice of notes.
 
     `mean` (D,) and `covariance` (D, D) are of random features. `units` have `unit_mean` (k,), `unit_covariance` (k, k)
-    and `unit_patients` (k,) that have them measured; `rare` are units that all but fewer than 11 patients have at one
-    value, and that value.
+    and `unit_patients` (k,) that have them measured, `unit_usual` and `unit_departing` (k,) the commonest value and how
+    many patients have another one; `rare` are units that all but fewer than 11 patients have at one value, and that
+    value.
     """
 
     n_notes: int
@@ -61,6 +62,8 @@ class Summary:
     unit_mean: np.ndarray
     unit_covariance: np.ndarray
     unit_patients: np.ndarray
+    unit_usual: np.ndarray
+    unit_departing: np.ndarray
     rare: dict[str, float]
 
 
@@ -132,17 +135,21 @@ def _summary(
     n = int(patients.max()) + 1
     features = _patient_means(feature_map().transform(vectors).astype(np.float64), patients, n)
     columns = {unit.key: values[:, i] for i, unit in enumerate(units) if unit.key != "shared_lines"}
-    kept, rare = [], {}
+    kept: list[str] = []
+    ways: list[tuple[float, int]] = []
+    rare: dict[str, float] = {}
     for unit in units_of(notes):
         column = columns.get(unit.key, np.zeros(len(notes)))
         there = np.isfinite(column)
-        if len(np.unique(patients[there])) < 2 * SMALLEST_CELL:
+        if len(np.unique(patients[there])) < SMALLEST_CELL:
             continue
-        if common(column, patients, SMALLEST_CELL):
+        plain, how_many = np.unique(np.round(column[there], 6), return_counts=True)
+        usual = float(plain[how_many.argmax()])
+        if common(column, patients, SMALLEST_CELL, fewest_measured=SMALLEST_CELL):
             kept.append(unit.key)
+            ways.append((usual, len(np.unique(patients[there & (np.round(column, 6) != usual)]))))
         elif not unit.key.startswith(("type:", "language:")):
-            plain, how_many = np.unique(np.round(column[there], 6), return_counts=True)
-            rare[unit.key] = float(plain[how_many.argmax()])
+            rare[unit.key] = usual
     table = np.column_stack([columns[key] for key in kept]) if kept else np.zeros((len(notes), 0))
     means = _patient_means(table, patients, n)
     there = np.isfinite(means)
@@ -158,6 +165,8 @@ def _summary(
         centre,
         covariance,
         there.sum(axis=0),
+        np.array([usual for usual, _ in ways]),
+        np.array([count for _, count in ways], dtype=np.int64),
         rare,
     )
 
@@ -204,13 +213,15 @@ def _plain(profile: Profile) -> dict[str, Any]:
                     "mean": _rounded(summary.unit_mean[i]),
                     "variance": _rounded(summary.unit_covariance[i, i]),
                     "patients": int(summary.unit_patients[i]),
+                    "usual": _rounded(summary.unit_usual[i]),
+                    "departing": int(summary.unit_departing[i]),
                 }
                 for i, key in enumerate(summary.units)
             },
-            "unit_covariance": [[_rounded(value) for value in row] for row in summary.unit_covariance],
+            "unit_covariance": _packed(summary.unit_covariance[np.triu_indices(len(summary.units))]),
             "rare": {key: _rounded(value) for key, value in summary.rare.items()},
         }
-        for name, summary in zip(_BASES, profile.summaries, strict=True)
+        for name, summary in zip(_BASES, dict.fromkeys(profile.summaries), strict=False)
     }
     return plain
 
@@ -260,14 +271,10 @@ def read_profiles(path: Path) -> list[Profile]:
 
 def _profile(item: dict[str, Any]) -> Profile:
     summaries = []
-    for name in _BASES:
+    for name in list(_BASES)[: len(item["summaries"])]:
         part = item["summaries"][name]
         units = part["units"]
-        covariance = np.zeros((N_FEATURES, N_FEATURES))
-        upper = np.triu_indices(N_FEATURES)
-        covariance[upper] = _unpacked(part["covariance"], len(upper[0]))
-        covariance.T[upper] = covariance[upper]
-        table = np.array(part["unit_covariance"], dtype=np.float64).reshape(len(units), len(units))
+        covariance, table = _square(part["covariance"], N_FEATURES), _square(part["unit_covariance"], len(units))
         summary = Summary(
             int(part["n_notes"]),
             _unpacked(part["mean"], N_FEATURES),
@@ -276,6 +283,8 @@ def _profile(item: dict[str, Any]) -> Profile:
             np.array([unit["mean"] for unit in units.values()], dtype=np.float64),
             table,
             np.array([unit["patients"] for unit in units.values()], dtype=np.int64),
+            np.array([unit["usual"] for unit in units.values()], dtype=np.float64),
+            np.array([unit["departing"] for unit in units.values()], dtype=np.int64),
             {str(key): float(value) for key, value in part["rare"].items()},
         )
         if not all(np.isfinite(a).all() for a in (summary.mean, covariance, summary.unit_mean, table)):
@@ -291,8 +300,16 @@ def _profile(item: dict[str, Any]) -> Profile:
         None if years is None else (int(years[0]), int(years[1])),
         (float(item["log_notes"][0]), float(item["log_notes"][1])),
         str(item["features"]),
-        (summaries[0], summaries[1]),
+        (summaries[0], summaries[-1]),
     )
+
+
+def _square(text: str, n: int) -> np.ndarray:
+    upper = np.triu_indices(n)
+    found = np.zeros((n, n))
+    found[upper] = _unpacked(text, len(upper[0]))
+    found.T[upper] = found[upper]
+    return found
 
 
 def _unpacked(text: str, n: int) -> np.ndarray:
@@ -423,7 +440,16 @@ def _unit_test(
                 variances[s, place] = side.unit_covariance[i, i]
             else:
                 means[s, place], counts[s, place], variances[s, place] = side.rare.get(key, 0.0), n[s], math.nan
-    # Where fewer than 11 patients depart from one value, the other side's spread stands in: too wide if anything.
+    # Where fewer than 11 patients depart from one value nothing else is known of them: ten are taken to depart as those
+    # of the other side do, whose spread stands in too, so that the difference is too small if anything.
+    for place, key in enumerate(keys):
+        for s, other in ((0, 1), (1, 0)):
+            if key not in both[s] and key in both[other]:
+                i, side = both[other][key], sides[other]
+                away = (side.unit_mean[i] - side.unit_usual[i]) * side.unit_patients[i] / side.unit_departing[i]
+                means[s, place] += away * min(SMALLEST_CELL - 1, n[s]) / n[s]
+                if (side.unit_mean[i] - means[s, place]) * away < 0:
+                    means[s, place] = side.unit_mean[i]
     variances = np.where(np.isnan(variances), np.nanmax(variances, axis=0), variances)
     error = np.sqrt((variances / counts).sum(axis=0))
     usable = error > 0
