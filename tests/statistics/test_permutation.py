@@ -62,6 +62,30 @@ def test_a_patient_on_both_sides_is_refused_with_the_remedy_and_not_named():
     assert "secret" not in str(caught.value)
 
 
+def test_a_paired_plan_swaps_within_patients_and_exchanges_the_others():
+    ids = ["b1", "b2", "b3", "b1", "b2", "b3", "x", "y", "z", "x"]
+    sides = ["k", "k", "k", "h", "h", "h", "h", "h", "k", "h"]
+    plan = PermutationPlan(ids, sides, n_permutations=4000, paired=True)
+    assert plan.n_people == 6
+    assert plan.n_patients == (5, 4)
+    assert [str(plan.patients[row]) for row in plan.twins[:, 0]] == ["b1", "b2", "b3"]
+    assert plan.is_target[plan.twins].tolist() == [[False, True]] * 3
+    first, second = plan.membership[plan.twins[:, 0]], plan.membership[plan.twins[:, 1]]
+    assert (first ^ second).all()
+    assert first[:, 1:].mean(axis=1) == pytest.approx([0.5] * 3, abs=0.04)
+    assert np.corrcoef(first[:, 1:])[np.triu_indices(3, 1)] == pytest.approx([0.0] * 3, abs=0.08)
+    alone = np.setdiff1d(np.arange(9), plan.twins)
+    assert (plan.membership[alone].sum(axis=0) == 1).all()
+    assert plan.membership[alone, 1:].mean(axis=1) == pytest.approx([1 / 3] * 3, abs=0.04)
+    assert plan.note_weight[[6, 9]].tolist() == [0.5, 0.5]
+    assert plan.smallest_p == pytest.approx(1 / (8 * 3))
+
+
+def test_pairs_alone_have_a_mirrored_relabelling():
+    plan = PermutationPlan(list("pqrpqr"), list("aaabbb"), n_permutations=999, paired=True)
+    assert plan.smallest_p == pytest.approx(2 / 8)
+
+
 def test_what_cannot_be_compared_is_said():
     with pytest.raises(UsageError, match="exactly 2 institutions \\(got 3\\)"):
         PermutationPlan(["p", "q", "r"], ["a", "b", "c"])
