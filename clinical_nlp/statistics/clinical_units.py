@@ -279,9 +279,9 @@ def _measured(note: Note) -> dict[str, float]:
     upper = sum(c.isupper() for c in letters)
     share = _percent(upper, len(letters))
     found["all_capitals"] = 100.0 * (share > 90)
-    found["no_capitals"] = 100.0 * (share < 0.5)
+    found["no_capitals"] = 100.0 * (share < 0.1)
     found["capital_words"] = math.nan
-    if 0.5 <= share <= 90:
+    if 0.1 <= share <= 90:
         found["capital_words"] = _percent(sum(len(w) > 1 and w.isupper() for w in words), len(words))
 
     width = max((len(line) for line in lines), default=0)

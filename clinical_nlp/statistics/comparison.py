@@ -191,6 +191,7 @@ def compare(
                     (
                         _unit_shift(looked_at.units[i], shift, raw[:, i], plan)
                         for i, shift in zip(columns, found.measures, strict=True)
+                        if not math.isnan(shift.adjusted_p)  # one side may have nothing to measure
                     ),
                     key=lambda item: (item.shift.adjusted_p, -item.shift.statistic),
                 )
