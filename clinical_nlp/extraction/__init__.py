@@ -111,7 +111,7 @@ def extract(
         are not annotated again, files of patients that none of the changes touch stay; the outputs are byte for byte
         those of a fresh call. The new output is built beside the old one, which stays whole until then.
     retry_rejected : annotate the notes again that were rejected in extraction, each apart from this process.
-    options : any other field of `ExtractionConfig` (languages, institution_from, columns, propagate, ...).
+    options : any other field of `ExtractionConfig` (languages, institution_from, columns, measurements, ...).
 
     Returns
     -------
@@ -185,6 +185,7 @@ def _batch(
     from clinical_nlp.extraction.plan import cut, make_plan, settle_plan
     from clinical_nlp.extraction.shards import finished
     from clinical_nlp.language.terminology import load_terminology
+    from clinical_nlp.language.terminology.hpo import ROOT
     from clinical_nlp.notes.readers import input_files, read_notes, read_patients
     from clinical_nlp.progress import progress, say
     from clinical_nlp.runs import Run
@@ -201,6 +202,8 @@ def _batch(
         if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"--output {output} lies inside the export {source}; choose a directory outside it")
     terminology = load_terminology(config.terminology)
+    if config.measurements and ROOT not in terminology:
+        raise UsageError(f"measurements are read as concepts of HPO, which terminology {config.terminology!r} is not")
 
     def planned() -> dict[str, Any]:
         return make_plan(config, terminology=terminology, source=source, inputs=input_files(source, layout))
@@ -309,6 +312,7 @@ def _process(
     common: dict[str, Any] = {
         "terminology": config.terminology,
         "model": config.model,
+        "measurements": config.measurements,
         "workers": config.workers,
     }
     if session is None:

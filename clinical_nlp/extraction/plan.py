@@ -35,6 +35,9 @@ class ExtractionConfig(Config):
     """Directory of an ner run whose entities are added to the dictionary's."""
     terminology: str = "hpo"
     """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
+    measurements: bool = False
+    """Also read measured values as concepts of HPO (`Na 128`, `LVEF 25 %`, lane measurement). Where a threshold depends
+    on age or sex, the note has to say them; a value that could be normal for anyone it may be about is left alone."""
     engine: Literal["local", "spark"] = Field(default="local", exclude=True)
     """Where the work is done: processes on this machine, or Spark (the session that is active, else a local one). The
     outputs are the same bytes."""

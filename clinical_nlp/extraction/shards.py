@@ -61,7 +61,7 @@ STAGED_SCHEMA = MENTION_SCHEMA.append(pa.field("snippet", pa.string()))
 COPIED_SENTENCE = 40
 """A sentence shorter than this many characters is not evidence of copying: "No fever." recurs by itself."""
 
-_LANES = ("dictionary", "model", "both")
+_LANES = ("dictionary", "model", "both", "measurement")
 
 
 class SpanMismatchError(Exception):
@@ -83,10 +83,10 @@ class Annotated:
 class Extractor:
     """What turns a note into mentions: the dictionary annotator, and a model where one is given."""
 
-    def __init__(self, terminology: str, model: str | None = None) -> None:
+    def __init__(self, terminology: str, model: str | None = None, *, measurements: bool = False) -> None:
         from clinical_nlp.language.mentions import Annotator
 
-        self._annotator = Annotator(terminology)
+        self._annotator = Annotator(terminology, measurements=measurements)
         self._predictor: Any = None
         if model is not None:
             from clinical_nlp.tasks.ner import NerPredictor

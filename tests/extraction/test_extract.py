@@ -129,6 +129,29 @@ def test_how_a_trait_is_inherited_is_no_finding_of_the_patient(tmp_path):
     assert seizure in conditions and onset not in conditions and inheritance not in conditions
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_measured_values_on_request(tmp_path, workers):
+    (tmp_path / "notes.csv").write_text(
+        "note_id,patient_id,institution,text\n"
+        "n1,p,h,A 54-year-old man. Na 118 mmol/L on arrival. Goal LVEF > 55 %.\n"
+        "n2,q,h,A 54-year-old man. Na 140 mmol/L. No hyponatremia.\n"
+    )
+    common = {"format": "table", "workers": workers, "shard_notes": 1}
+    extract(tmp_path / "notes.csv", output=tmp_path / "plain", **common)
+    extract(tmp_path / "notes.csv", output=tmp_path / "out", measurements=True, **common)
+    assert "measurement" not in {row["lane"] for row in rows(tmp_path / "plain", "mentions")}
+    (found,) = [row for row in rows(tmp_path / "out", "mentions") if row["lane"] == "measurement"]
+    assert (found["note_id"], found["concept_id"], found["presence"]) == ("n1", "HP:0002902", "present")
+    assert "118" in found["text"]
+    assert states(tmp_path / "out") == {
+        ("p", "h", "HP:0002902"): "present",
+        ("q", "h", "HP:0002902"): "excluded",  # said, not measured
+    }
+    with pytest.raises(UsageError, match="concepts of HPO"):
+        extract(tmp_path / "notes.csv", output=tmp_path / "icd", terminology="icd10cm", measurements=True, **common)
+    assert not (tmp_path / "icd").exists()
+
+
 def test_copied_sentences_point_to_the_first_note(export, options, tmp_path):
     extract(export, output=tmp_path / "out", **options)
     copied = {(row["note_id"], row["text"]): row["copied_from"] for row in rows(tmp_path / "out", "mentions")}

@@ -22,7 +22,14 @@ from clinical_nlp.extraction.shards import DIED, Annotated, Extractor, outcomes,
 
 
 def process(
-    shards: Iterable[Shard], output: Path, *, terminology: str, model: str | None, workers: int, apart: bool = False
+    shards: Iterable[Shard],
+    output: Path,
+    *,
+    terminology: str,
+    model: str | None,
+    measurements: bool,
+    workers: int,
+    apart: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Work through shards and yield their ledger records as they are done, in any order.
 
@@ -30,21 +37,21 @@ def process(
     ----------
     shards : what is to be done; taken one at a time, so that memory stays flat.
     output : the run directory.
-    terminology, model : as in the config.
+    terminology, model, measurements : as in the config.
     workers : with 1, this process does the work, but for a shard in which an earlier process was killed.
     apart : never work in this process.
     """
     if workers > 1 or apart:
-        yield from _Pool(output, terminology, model, workers).process(shards)
+        yield from _Pool(output, terminology, model, measurements, workers).process(shards)
         return
     extractor = None
     for shard in shards:
         mark = output / STAGE / "begun" / str(shard.index)
         if mark.exists():
-            yield from _Pool(output, terminology, model, 1).process([shard])
+            yield from _Pool(output, terminology, model, measurements, 1).process([shard])
             mark.unlink()
             continue
-        extractor = extractor or Extractor(terminology, model)
+        extractor = extractor or Extractor(terminology, model, measurements=measurements)
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         try:
@@ -72,8 +79,8 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, output: Path, terminology: str, model: str | None, workers: int) -> None:
-        self._arguments = (str(output), terminology, model or "")
+    def __init__(self, output: Path, terminology: str, model: str | None, measurements: bool, workers: int) -> None:
+        self._arguments = (str(output), terminology, model or "", "measurements" if measurements else "")
         self._output, self._size = output, workers
         self._workers: list[_Worker] = []
 

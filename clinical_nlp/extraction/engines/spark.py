@@ -108,7 +108,14 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def process(
-    shards: Iterable[Shard], output: Path, *, session: Any, terminology: str, model: str | None, workers: int
+    shards: Iterable[Shard],
+    output: Path,
+    *,
+    session: Any,
+    terminology: str,
+    model: str | None,
+    measurements: bool,
+    workers: int,
 ) -> Iterator[dict[str, Any]]:
     """Work through shards on Spark and yield their ledger records in order.
 
@@ -117,10 +124,10 @@ def process(
     shards : what is to be done; no more than two waves are held at a time.
     output : the run directory, on the driver.
     session : a Spark session.
-    terminology, model : as in the config; paths that the executors know too.
+    terminology, model, measurements : as in the config; the paths are ones that the executors know too.
     workers : shards that are worked on at a time, where the session does not say.
     """
-    batch = _Batch(session, terminology, None if model is None else str(Path(model).resolve()))
+    batch = _Batch(session, terminology, None if model is None else str(Path(model).resolve()), measurements)
     batch.probe()
     size = _parallelism(session, workers)
     stream = iter(shards)
@@ -150,8 +157,9 @@ def _parallelism(session: Any, workers: int) -> int:
 class _Batch:
     """Annotates lists of notes on Spark; a note that ends its worker process is found and rejected."""
 
-    def __init__(self, session: Any, terminology: str, model: str | None) -> None:
-        self._session, self._terminology, self._model = session, terminology, model
+    def __init__(self, session: Any, terminology: str, model: str | None, measurements: bool) -> None:
+        self._session = session
+        self._work = partial(_annotate, terminology=terminology, model=model, measurements=measurements)
 
     def probe(self) -> None:
         """Annotate a harmless note, so that what is wrong with the cluster is not taken for the notes' fault.
@@ -202,8 +210,7 @@ class _Batch:
                 "notes": pa.array([_to_ipc(notes_table(each)) for each in notes], pa.binary()),
             }
         )
-        work = partial(_annotate, terminology=self._terminology, model=self._model)
-        found = self._session.createDataFrame(tasks).mapInArrow(work, _ROW).toArrow()
+        found = self._session.createDataFrame(tasks).mapInArrow(self._work, _ROW).toArrow()
         rows = {row["shard"]: row for row in found.to_pylist()}
         return [_annotated(rows[place], len(each)) for place, each in enumerate(notes)]
 
@@ -219,11 +226,13 @@ def _annotated(row: Mapping[str, Any], n_notes: int) -> list[Annotated]:
 
 
 @lru_cache(maxsize=1)
-def _extractor(terminology: str, model: str | None) -> Extractor:
-    return Extractor(terminology, model)
+def _extractor(terminology: str, model: str | None, measurements: bool) -> Extractor:
+    return Extractor(terminology, model, measurements=measurements)
 
 
-def _annotate(batches: Iterator[pa.RecordBatch], terminology: str, model: str | None) -> Iterator[pa.RecordBatch]:
+def _annotate(
+    batches: Iterator[pa.RecordBatch], terminology: str, model: str | None, measurements: bool
+) -> Iterator[pa.RecordBatch]:
     """Annotate on an executor: rows of `_ROW` from rows of (shard, notes)."""
     names = [part.partition(" ")[0] for part in _ROW.split(", ")]
     # What a library prints about its input would be note text in the executor's log.
@@ -231,7 +240,8 @@ def _annotate(batches: Iterator[pa.RecordBatch], terminology: str, model: str | 
         try:
             for batch in batches:
                 for task in batch.to_pylist():
-                    annotated = _extractor(terminology, model).annotate(list(iter_notes(_from_ipc(task["notes"]))))
+                    extractor = _extractor(terminology, model, measurements)
+                    annotated = extractor.annotate(list(iter_notes(_from_ipc(task["notes"]))))
                     rows = [row | {"place": place} for place, note in enumerate(annotated) for row in note.rows]
                     mentions = _to_ipc(pa.Table.from_pylist(rows, schema=_FOUND))
                     reasons = json.dumps([note.reason for note in annotated])

@@ -47,9 +47,9 @@ MENTION_SCHEMA = pa.schema(
     ]
 )
 """One row a mention, in the order of the notes. `text` equals `note.text[start:end]`; `label` is the entity type;
-`lane` is dictionary, model or both; `copied_from` is the earliest note of the same patient that holds the identical
-sentence, where there is one; `sentence_digest` is equal where the sentences are (white space aside), and null for a
-sentence too short to tell."""
+`lane` is dictionary, model, both or measurement; `copied_from` is the earliest note of the same patient that holds the
+identical sentence, where there is one; `sentence_digest` is equal where the sentences are (white space aside), and null
+for a sentence too short to tell."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
