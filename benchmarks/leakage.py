@@ -5,8 +5,8 @@
 
 Simulated: Gaussian notes of two institutions whose means differ, where the best linear probe on new patients is known
 exactly once LEACE is fitted; over 20 fits for each number of patients. Notes: two synthetic hospitals (`covariate`
-0.5, `label` 0.5), hashed TF-IDF in 64 dimensions or an encoder's states reduced to 64; three sets of patients, for the
-eraser, for training probes, for scoring them.
+0.5, `label` 0.5), hashed TF-IDF in 64 dimensions or an encoder's states reduced to 64; three sets of patients: a
+quarter for erasers, a half for training probes, a quarter for scoring them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from clinical_nlp.statistics.text_measures import hashed_features
 
 DIMENSIONS = 64
 TOLERANCE = 0.05
+SHARES = (0.25, 0.75)
+"""A quarter of the patients fits erasers, a half trains probes, a quarter scores them."""
 PROBES = ("linear", "quadratic", "mlp", "neighbours")
 
 
 def main() -> None:
     """Measure and write one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patients", type=int, default=1800, help="of each institution, eraser and probes together")
+    parser.add_argument("--patients", type=int, default=5000, help="of each institution, eraser and probes together")
     parser.add_argument("--encoder", help="folder of an encoder; default hashed TF-IDF")
     parser.add_argument("--max-tokens", type=int, default=96, help="with an encoder: tokens read of each note")
     parser.add_argument("--fits", type=int, default=20, help="simulated fits for each number of patients")
@@ -116,13 +118,13 @@ def notes(options: argparse.Namespace) -> dict[str, Any]:
     else:
         vectors = hashed_features(texts, dimensions=DIMENSIONS, seed=options.seed).astype(np.float64)
     place = {person: at for at, person in enumerate(np.random.default_rng(options.seed).permutation(np.unique(people)))}
-    third = np.array([3 * place[person] // len(place) for person in people])
+    part_of = np.searchsorted(SHARES, [place[person] / len(place) for person in people], side="right")
     if vectors.shape[1] > DIMENSIONS:  # fitted on the eraser's patients, blind to institutions
-        fit = vectors[third == 0]
+        fit = vectors[part_of == 0]
         axes = np.linalg.eigh(np.cov(fit.T))[1][:, ::-1][:, :DIMENSIONS]
         vectors = (vectors - fit.mean(0)) @ axes
     everything = ProbedNotes(vectors, labels, people)
-    fit, train, test = (everything.select(third == part) for part in range(3))
+    fit, train, test = (everything.select(part_of == part) for part in range(3))
     found: dict[str, Any] = {
         "n_patients": {name: len(part.people) for name, part in (("eraser", fit), ("train", train), ("test", test))},
         "n_notes": len(texts),
@@ -131,7 +133,7 @@ def notes(options: argparse.Namespace) -> dict[str, Any]:
     words = ProbedNotes(texts, labels, people)
     found["raw"] = [curve(kind, train, test, options.seed) for kind in PROBES]
     if not options.encoder:
-        found["text"] = [curve("words", words.select(third == 1), words.select(third == 2), options.seed)]
+        found["text"] = [curve("words", words.select(part_of == 1), words.select(part_of == 2), options.seed)]
     erasers = fit_erasers(fit.contents, fit.labels, fit.patients, list(ERASERS))
     for name in ("mean_centring", "inlp"):
         erased = [erase(erasers[name], part) for part in (train, test)]

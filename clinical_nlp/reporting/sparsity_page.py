@@ -25,7 +25,7 @@ def sparsity_page(results: dict[str, Any]) -> str:
     return page(
         "What if text is missing, and for whom?",
         sections,
-        subtitle=f"Run {run['path']} ({run['recipe']}) on corpus {results['corpus']}",
+        subtitle=f"Run {run['path']} ({run['recipe']}) on corpus {run['corpus']}",
         footer=f"clinical_nlp evaluate sparsity, protocol version {results['version']}, seed {protocol['seed']}; every "
         "number is also in results.json. No note text is shown. Not for clinical decisions.",
     )
@@ -83,8 +83,8 @@ def _limits(results: dict[str, Any]) -> list[str]:
     margin = number(results["protocol"]["margin"])
     points = [
         f"“Worse”: the whole 95 % interval lies above {margin}. “No worse”: it lies at or below. Nothing is corrected "
-        f"for the {len(results['findings'])} comparisons: at a margin of 0, about one in forty that are alike is called "
-        "worse by chance.",
+        f"for the {len(results['findings'])} comparisons: at a margin of 0, about one in forty that are alike is "
+        "called worse by chance.",
         "Text was taken away after training. A model that was trained without it might do without it. Gold is what the "
         "whole record says.",
         "A gap between groups may come from sicker patients, shorter notes or other institutions; this does not tell "

