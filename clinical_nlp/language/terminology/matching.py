@@ -57,6 +57,8 @@ _Word = tuple[int, int, int, int | None, bool]
 """Number, start and end in the token, what it names when it stands alone, and whether a phrase may skip it."""
 _Piece = tuple[int, tuple[_Word, ...], tuple[int, list[Sense]] | None]
 """What a token means: the gap that it leaves, its words of the vocabulary, and its length and what it is short for."""
+_NOTHING: _Piece = (HARD, (), None)
+"""A token of no name, as most are."""
 
 
 class Reading(NamedTuple):
@@ -81,7 +83,8 @@ class _Memo(dict[str, _Piece]):
         self._piece = piece
 
     def __missing__(self, surface: str) -> _Piece:
-        found = self[surface] = self._piece(surface)
+        found = self._piece(surface)
+        found = self[surface] = _NOTHING if found == _NOTHING else found
         return found
 
 
@@ -214,9 +217,11 @@ class Matcher:
         gap = HARD
         parts = _TOKEN.split(text)  # white space and tokens in turn
         begins = islice(accumulate(map(len, parts)), 0, None, 2)
-        for space, start, (after, words, senses) in zip(
-            parts[::2], begins, map(memo.__getitem__, parts[1::2]), strict=False
-        ):
+        for space, start, piece in zip(parts[::2], begins, map(memo.__getitem__, parts[1::2]), strict=False):
+            if piece is _NOTHING:
+                gap = HARD
+                continue
+            after, words, senses = piece
             if space != " " and space:
                 gap = max(gap, _over(space, text[start]))
             if senses is not None:
