@@ -143,14 +143,11 @@ def domain_classifier_test(
     features = checked_features(features, plan)
     n_folds = max(2, min(n_folds, plan.n_people // 2))
     fold_of = (np.random.default_rng([plan.seed, 1]).permutation(plan.n_people) % n_folds)[plan.row_person]
-    groups, left_out = [(np.arange(len(features)), np.arange(len(plan.patients)), 1.0)], 0
+    groups, note = _groups(cells, plan)
     if cells is not None:
-        groups = _usable_cells(cells, plan)
-        left_out = sum(len(notes) for notes, _, weight in groups if not weight)
         features = features.copy()
         for notes, _, _ in groups:
             features[notes] -= np.average(features[notes], axis=0, weights=plan.note_weight[notes])
-        groups = [group for group in groups if group[2]]
     members = plan.membership
     won, pairs = np.zeros((len(groups), members.shape[1])), np.zeros((len(groups), members.shape[1]))
     placement = np.full(len(plan.patients), math.nan)
@@ -192,7 +189,7 @@ def domain_classifier_test(
                     )[rows]
     areas = np.divide(won, pairs, out=np.full(won.shape, 0.5), where=pairs > 0)
     auc = np.array([weight for *_, weight in groups]) @ areas
-    low, high, note = math.nan, math.nan, f"no interval: {_composition_note(left_out)}"
+    low, high = math.nan, math.nan
     if cells is None:
         low, high, note = _auc_interval(auc, placement, plan)
     return as_result(
@@ -427,15 +424,9 @@ def mmd_test(
     exact = len(features) <= exact_up_to
     if exact or features.ndim != 2 or len(features) != len(plan.note_patient):
         features = checked_features(features, plan)
-    groups, left_out = [(np.arange(len(features)), np.arange(len(plan.patients)), 1.0)], 0
-    if cells is not None:
-        groups = _usable_cells(cells, plan)
-        left_out = sum(len(notes) for notes, _, weight in groups if not weight)
-    values = np.zeros(plan.n_permutations + 1)
-    error, why = math.nan, ""
+    groups, why = _groups(cells, plan)
+    values, error = np.zeros(plan.n_permutations + 1), math.nan
     for notes, rows, weight in groups:
-        if not weight:
-            continue
         here = features if cells is None else features[notes]
         local = np.searchsorted(rows, plan.note_patient[notes])
         labels = plan.membership if cells is None else plan.membership[rows]
@@ -451,11 +442,9 @@ def mmd_test(
         else:
             random = RandomFeatures(here.shape[1], width, n_random_features, plan.seed)
             values += weight * _random_mmd2(random, here, local, labels, twins)
-    if cells is not None:
-        why = f"no interval: {_composition_note(left_out)}"
-    elif min(plan.n_patients) < FEWEST_PATIENTS:
+    if cells is None and min(plan.n_patients) < FEWEST_PATIENTS:
         why = f"no interval: fewer than {FEWEST_PATIENTS} patients in an institution"
-    elif not exact:
+    elif cells is None and not exact:
         why = f"{n_random_features} random features stand for the kernel; no interval from sums"
     result = as_result("mmd", plan, values, effect=math.nan, effect_unit="standard deviations of the null", note=why)
     if not result.null_sd > 1e-12:
@@ -623,7 +612,9 @@ def _random_mmd2(
 # Length and utilisation -----------------------------------------------------------------------------------------------
 
 
-def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_unit: str) -> TestResult:
+def ratio_test(
+    name: str, values: np.ndarray, plan: PermutationPlan, *, effect_unit: str, cells: Sequence[object] | None = None
+) -> TestResult:
     """Ratio of the geometric means of a positive quantity, one value a patient, two-sided.
 
     The permuted statistic is Welch's |t| of the patients' mean logarithms: studentised, it keeps its level when the
@@ -635,6 +626,7 @@ def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_u
     values : (n_notes,) positive; averaged on the logarithmic scale within each patient.
     plan : the relabellings.
     effect_unit : words for the effect, e.g. "times as many words a note".
+    cells : see `max_t_test`.
 
     Returns
     -------
@@ -649,6 +641,14 @@ def ratio_test(name: str, values: np.ndarray, plan: PermutationPlan, *, effect_u
     values = np.asarray(values, dtype=np.float64)
     if values.shape != plan.note_patient.shape or not (values > 0).all():
         raise UsageError(f"{name}: values must be positive, one for each of the plan's notes")
+    if cells is not None:
+        measure = max_t_test(np.log(values)[:, None], [name], plan, cells=cells, name=name)
+        return replace(
+            measure.test,
+            effect=math.exp(measure.measures[0].difference),
+            effect_unit=effect_unit,
+            note=measure.measures[0].note,
+        )
     logs = patient_means(np.log(values)[:, None], plan)
     difference, error, freedom = (found[0] for found in studentised(logs, plan))
     low = high = math.nan
@@ -720,9 +720,9 @@ def _absolute_t(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(error), math.nan, np.where(error > 0, np.abs(difference) / error, whole))
 
 
-def length_test(words: np.ndarray, plan: PermutationPlan) -> TestResult:
+def length_test(words: np.ndarray, plan: PermutationPlan, *, cells: Sequence[object] | None = None) -> TestResult:
     """Are the notes longer? `words` (n_notes,) counts words a note, at least 1; see `ratio_test`."""
-    return ratio_test("length", words, plan, effect_unit="times as many words a note")
+    return ratio_test("length", words, plan, effect_unit="times as many words a note", cells=cells)
 
 
 def utilisation_test(notes_per_patient: np.ndarray, plan: PermutationPlan) -> TestResult:
@@ -812,10 +812,10 @@ def max_t_test(
     if cells is None:
         statistic, why = _absolute_t(difference, error), ""
     else:
-        difference, left_out = _within_cells(values, measured, cells, plan)
+        groups, why = _groups(cells, plan)
+        difference = _within_groups(values, measured, groups, plan)
         spread = np.nanstd(difference, axis=1, keepdims=True)
         statistic = _absolute_t(difference - np.nanmean(difference, axis=1, keepdims=True), spread)
-        why = f"no interval: {_composition_note(left_out)}"
     adjusted = _step_down(statistic, plan)
     shifts = []
     for row, quantity in enumerate(names):
@@ -877,20 +877,18 @@ def _step_down(statistic: np.ndarray, plan: PermutationPlan) -> np.ndarray:
     return adjusted
 
 
-def _within_cells(
-    values: np.ndarray, measured: np.ndarray, cells: Sequence[object], plan: PermutationPlan
-) -> tuple[np.ndarray, int]:
-    """Differences within each cell summed with fixed weights, (k, columns), and the notes of cells left out."""
-    labels = plan.membership.astype(np.float64)
-    total = np.zeros((values.shape[1], labels.shape[1]))
+_Groups = list[tuple[np.ndarray, np.ndarray, float]]
+
+
+def _within_groups(values: np.ndarray, measured: np.ndarray, groups: _Groups, plan: PermutationPlan) -> np.ndarray:
+    """Differences within each group of notes summed with the groups' weights, (k, columns)."""
+    total = np.zeros((values.shape[1], plan.n_permutations + 1))
     weights = np.zeros((values.shape[1], 1))
-    left_out = 0
-    for notes, _, weight in _usable_cells(cells, plan):
-        if not weight:
-            left_out += len(notes)
-            continue
-        patients = _measured_means(values[notes], measured[notes], plan.note_patient[notes], len(plan.patients))
+    for notes, rows, weight in groups:
+        local = np.searchsorted(rows, plan.note_patient[notes])
+        patients = _measured_means(values[notes], measured[notes], local, len(rows))
         there = np.isfinite(patients)
+        labels = plan.membership[rows].astype(np.float64)
         n = both_sides(there.astype(np.float64), labels)
         sums = both_sides(np.where(there, patients, 0.0), labels)
         usable = n.min(axis=(0, 2)) >= 1
@@ -899,33 +897,36 @@ def _within_cells(
         total[usable] += weight * (means[1] - means[0])[usable]
         weights[usable] += weight
     with np.errstate(all="ignore"):
-        return np.where(weights > 0, total / weights, math.nan), left_out
+        return np.where(weights > 0, total / weights, math.nan)
 
 
-def _usable_cells(cells: Sequence[object], plan: PermutationPlan) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Notes and rows of each cell and its share of rows; 0 where some relabelling has fewer than two on a side.
+def _groups(cells: Sequence[object] | None, plan: PermutationPlan) -> tuple[_Groups, str]:
+    """The notes that are compared with each other, their rows and weight; and what the result has to say of it.
 
-    Which cells count is the same for every relabelling, and so are the weights.
+    Cells count where every relabelling has two patients on each side at least. So the choice, and the weights, which
+    are the cells' shares of patients, are the same for all of them.
     """
+    if cells is None:
+        return [(np.arange(len(plan.note_patient)), np.arange(len(plan.patients)), 1.0)], ""
     if len(cells) != len(plan.note_patient):
         raise UsageError(f"{len(cells)} cells for {len(plan.note_patient)} notes")
     _, cell = np.unique(np.asarray(cells, dtype=str), return_inverse=True)
-    found = []
+    found, left_out = [], 0
     for number in range(int(cell.max(initial=-1)) + 1):
         notes = np.flatnonzero(cell == number)
         rows = np.unique(plan.note_patient[notes])
         n_target = plan.membership[rows].sum(axis=0)
-        enough = min(int(n_target.min()), len(rows) - int(n_target.max())) >= 2
-        found.append((notes, rows, float(len(rows)) if enough else 0.0))
-    total = sum(weight for _, _, weight in found)
-    if not total:
+        if min(int(n_target.min()), len(rows) - int(n_target.max())) >= 2:
+            found.append((notes, rows))
+        else:
+            left_out += len(notes)
+    if not found:
         raise TooFewPatientsError("no cell (note type and year) has at least 2 patients on both sides; use wider cells")
-    return [(notes, rows, weight / total) for notes, rows, weight in found]
-
-
-def _composition_note(left_out: int) -> str:
-    note = "approximate, since it conditions on the note's type"
-    return f"{note}; {left_out} notes of cells with too few patients are left out" if left_out else note
+    total = sum(len(rows) for _, rows in found)
+    note = "no interval: approximate, since it conditions on the note's type"
+    if left_out:
+        note += f"; {left_out} notes of cells with too few patients are left out"
+    return [(notes, rows, len(rows) / total) for notes, rows in found], note
 
 
 def output_shift_test(scores: np.ndarray, names: Sequence[str], plan: PermutationPlan) -> ManyMeasures:
@@ -987,6 +988,7 @@ def vocabulary_test(
     tokens: tuple[str, ...],
     plan: PermutationPlan,
     *,
+    cells: Sequence[object] | None = None,
     n_tokens: int = 15,
     smallest_cell: int = 11,
     smoothing: float = 0.1,
@@ -1000,6 +1002,8 @@ def vocabulary_test(
     frequencies : (n_notes, v) sparse or dense; the share of each token in a note, rows sum to 1.
     tokens : v names.
     plan : the relabellings.
+    cells : one label a note, such as note type and year: divergences are computed within each cell and summed with
+        the cells' shares of patients as fixed weights, and so are rates. Goes with a plan over `profile_strata`.
     n_tokens : how many of the most diverging tokens to return.
     smallest_cell : a token is returned only if at least that many patients of one institution have it.
     smoothing : share of the pooled distribution mixed in before the Kullback-Leibler divergence of the other
@@ -1015,32 +1019,40 @@ def vocabulary_test(
     notes = sparse.csr_array(frequencies)
     if notes.shape != (len(plan.note_patient), len(tokens)):
         raise UsageError(f"frequencies have shape {notes.shape}; {len(plan.note_patient)} notes, {len(tokens)} tokens")
-    patients = sparse.csr_array(_averaging(plan) @ notes)
-    columns = patients.T.tocsr()
-    total = np.asarray(patients.sum(axis=0)).ravel()
-    pooled = total / len(plan.patients)
-    divergence, directed = np.empty(plan.n_permutations + 1), np.empty(plan.n_permutations + 1)
+    groups, note = _groups(cells, plan)
+    divergence, directed = np.zeros(plan.n_permutations + 1), np.zeros(plan.n_permutations + 1)
     observed, expected = np.zeros(len(tokens)), np.zeros(len(tokens))
-    rates = np.zeros((2, len(tokens)))
+    rates, counts = np.zeros((2, len(tokens))), np.zeros((2, len(tokens)), dtype=int)
     at_once = max(1, _CELLS_AT_ONCE // max(1, 4 * len(tokens)))
-    for start in range(0, len(divergence), at_once):
-        labels = plan.membership[:, start : start + at_once].astype(np.float64)
-        n_target = labels.sum(axis=0)
-        sums = columns @ labels
-        target = sums / n_target
-        reference = np.maximum(total[:, None] - sums, 0) / (len(plan.patients) - n_target)
-        middle = (target + reference) / 2
-        parts = (_information(target, middle) + _information(reference, middle)) / 2
-        mixed = [(1 - smoothing) * side + smoothing * pooled[:, None] for side in (target, reference)]
-        divergence[start : start + at_once] = parts.sum(axis=0)
-        directed[start : start + at_once] = _information(*mixed).sum(axis=0)
-        if start == 0:
-            observed, rates = parts[:, 0], np.stack([reference[:, 0], target[:, 0]])
-        expected += parts.sum(axis=1)
+    for inside, rows, weight in groups:
+        local = np.searchsorted(rows, plan.note_patient[inside])
+        mean = sparse.csr_array(
+            (1.0 / np.bincount(local)[local], (local, np.arange(len(inside)))), shape=(len(rows), len(inside))
+        )
+        patients = sparse.csr_array(mean @ notes[inside])
+        columns = patients.T.tocsr()
+        total = np.asarray(patients.sum(axis=0)).ravel()
+        pooled = total / len(rows)
+        for start in range(0, len(divergence), at_once):
+            here = slice(start, start + at_once)
+            labels = plan.membership[rows, here].astype(np.float64)
+            n_target = labels.sum(axis=0)
+            sums = columns @ labels
+            target = sums / n_target
+            reference = np.maximum(total[:, None] - sums, 0) / (len(rows) - n_target)
+            middle = (target + reference) / 2
+            parts = (_information(target, middle) + _information(reference, middle)) / 2
+            mixed = [(1 - smoothing) * side + smoothing * pooled[:, None] for side in (target, reference)]
+            divergence[here] += weight * parts.sum(axis=0)
+            directed[here] += weight * _information(*mixed).sum(axis=0)
+            if start == 0:
+                observed += weight * parts[:, 0]
+                rates += weight * np.stack([reference[:, 0], target[:, 0]])
+            expected += weight * parts.sum(axis=1)
+    have = sparse.csr_array(_averaging(plan) @ notes) > 0
+    for side in (False, True):
+        counts[int(side)] = np.asarray(have[plan.is_target == side].sum(axis=0)).ravel()
     expected = (expected - observed) / plan.n_permutations
-
-    have = patients > 0
-    counts = np.stack([np.asarray(have[plan.is_target == side].sum(axis=0)).ravel() for side in (False, True)])
     excess = observed - expected
     shown = [i for i in np.argsort(-excess, kind="stable") if counts[:, i].max() >= smallest_cell and excess[i] > 0]
     shifts = tuple(
@@ -1052,7 +1064,7 @@ def vocabulary_test(
         )
         for i in shown[:n_tokens]
     )
-    note = "no interval: resampling patients adds divergence of its own"
+    note = note or "no interval: resampling patients adds divergence of its own"
     unit = "bits a token beyond relabelled patients"
 
     def described(name: str, values: np.ndarray) -> TestResult:

@@ -452,3 +452,28 @@ def test_no_interval_under_twenty_patients():
     found = mmd_test(features, PermutationPlan(ids, institutions, n_permutations=19))
     assert math.isnan(found.low)
     assert "fewer than 20 patients" in found.note
+
+
+def test_vocabulary_and_length_within_cells_are_weighted_sums_over_cells():
+    ids, sides, texts = corpus_of_words(3, 0.5, patients=8)
+    plan = PermutationPlan(ids, sides, n_permutations=19)
+    shares, tokens = token_shares(texts, ids)
+    words = np.random.default_rng(0).integers(5, 50, len(ids))
+    cells = np.tile(["letter", "note"], len(ids) // 2)
+    weighted = {"vocabulary": 0.0, "vocabulary_kl": 0.0, "length": 0.0}
+    for cell in ("letter", "note"):
+        inside = np.flatnonzero(cells == cell)
+        alone = PermutationPlan([ids[i] for i in inside], [sides[i] for i in inside], n_permutations=1)
+        shift = vocabulary_test(shares[inside], tokens, alone)
+        weighted["vocabulary"] += shift.jensen_shannon.statistic / 2
+        weighted["vocabulary_kl"] += shift.kullback_leibler.statistic / 2
+        weighted["length"] += math.log(length_test(words[inside], alone).effect) / 2
+    whole = vocabulary_test(shares, tokens, plan, cells=cells)
+    assert whole.jensen_shannon.statistic == pytest.approx(weighted["vocabulary"], abs=1e-12)
+    assert whole.kullback_leibler.statistic == pytest.approx(weighted["vocabulary_kl"], abs=1e-12)
+    length = length_test(words, plan, cells=cells)
+    assert math.log(length.effect) == pytest.approx(weighted["length"])
+    assert length.name == "length"
+    for result in (length, whole.jensen_shannon):
+        assert "approximate" in result.note
+        assert math.isnan(result.low)
