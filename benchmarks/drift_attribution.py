@@ -35,7 +35,7 @@ from clinical_nlp.statistics.attribution import (
     label_slopes,
     text_scores,
 )
-from clinical_nlp.statistics.clinical_units import measure, shared_end_lines
+from clinical_nlp.statistics.clinical_units import closing_lines, measure
 from clinical_nlp.statistics.permutation import PermutationPlan
 from clinical_nlp.statistics.two_sample import max_t_test
 
@@ -81,7 +81,8 @@ def repeat(seed: int) -> Any:
     """Yield the cells of one repeat; concept leaves the text as it is, so that its cells share one with their twin."""
     for extra in range(NONE_REPEATS):
         yield from cells(1000 * (seed + 1) + extra, {}, 0.0)
-    for number, value in enumerate(VALUES):
+    order = np.random.default_rng(seed).permutation(len(VALUES))  # a repeat that is cut short favours no value
+    for number, value in ((int(i), VALUES[i]) for i in order):
         for place, row in enumerate(row for row in ROWS if row and row != ("concept",)):
             if len(row) == 2 and "concept" in row:
                 continue
@@ -119,7 +120,7 @@ def analyse(items: list[GoldNote], seed: int) -> dict[str, Any]:
         n_permutations=PERMUTATIONS,
         seed=seed,
     )
-    measures, lines = measure(notes), shared_end_lines(notes)
+    measures, lines = measure(notes), closing_lines(notes)
     label = np.array([float(item.has_target) for item in items])
     at_home = np.where(plan.is_target[plan.note_patient], math.nan, label)
     logits = text_scores([note.text for note in notes], plan, at_home)

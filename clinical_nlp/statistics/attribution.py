@@ -16,7 +16,7 @@ import numpy as np
 
 from clinical_nlp.errors import TooFewPatientsError, UsageError
 from clinical_nlp.runs import Estimate
-from clinical_nlp.statistics.clinical_units import NoteMeasures, SharedLines, common
+from clinical_nlp.statistics.clinical_units import NoteMeasures, common
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
 from clinical_nlp.statistics.label_shift import ASSUMPTION, LabelShift, label_shift
 from clinical_nlp.statistics.permutation import PermutationPlan
@@ -30,9 +30,8 @@ FEWEST_INSTITUTIONS = 6
 """Below this no p-value over institutions and no word about institutions that were not compared."""
 SAME_CONVENTION = "both institutions mark the label by the same convention"
 _SMALLEST_CELL = 11
-_SHARES = {"closing line": 0.6, "opening line": 0.2}
-_OF_UNITS = 0.2
-"""Shares of the level: systems leave their marks in the closing and opening lines, and there are few of them."""
+_OF_LINES, _OF_NOTES = 0.8, 0.2
+"""Shares of the level: systems leave their marks in the closing lines of notes, and there are few of them."""
 _GROSS = 0.001
 """Below this the scores contradict the assumption of label shift grossly; the test of it is approximate."""
 
@@ -78,7 +77,7 @@ def attribute(
     labels_are_marked: bool = False,
     logits: np.ndarray | None = None,
     outputs: tuple[np.ndarray, Sequence[str]] | None = None,
-    lines: SharedLines | None = None,
+    lines: np.ndarray | None = None,
     conventions: Conventions | None = None,
     n_resamples: int = 200,
 ) -> tuple[Claim, ...]:
@@ -93,7 +92,7 @@ def attribute(
     labels_are_marked : whether labels come from marks in the text, so that another convention would change them.
     logits : (n_notes, 2) scores of the label from a model that has not seen the patient; see `text_scores`.
     outputs : (n_notes, k) what a task model says, and the k names.
-    lines : opening and closing lines; see `clinical_units.shared_end_lines`.
+    lines : (n_notes, k) 0 or 1; see `clinical_units.closing_lines`.
     conventions : the same notes marked twice.
     n_resamples : patient resamples where there are no labels of the other institution.
 
@@ -226,30 +225,31 @@ def _mean_estimate(values: np.ndarray, plan: PermutationPlan, side: bool, part: 
 
 
 def _association(
-    plan: PermutationPlan, style: NoteMeasures, labels: np.ndarray, lines: SharedLines | None, label_name: str
+    plan: PermutationPlan, style: NoteMeasures, labels: np.ndarray, lines: np.ndarray | None, label_name: str
 ) -> Claim:
     """Compare the slope of style on the label between the institutions.
 
     Within each institution, the product of what style and label are beyond their means, over the label's variance, has
     the slope as its mean. Its difference does not move with the institution's style nor, where the slopes are equal,
     with its prevalence; studentised, relabelled patients give its null.
+
+    Only closing lines and what a whole note is (all in capitals, signed electronically, ...) are looked at. A share of
+    the lines or words moves with what is wrong with the patient, in each style in another way: a finding more is a
+    bullet more where findings are bullets. Opening lines name what was examined.
     """
     families: list[tuple[np.ndarray, list[str], float]] = []
-    rows = np.zeros((len(labels), 0)) if lines is None else np.asarray(lines.rows, dtype=np.float64)
-    places = () if lines is None else lines.places
-    for place, weight in _SHARES.items():
-        kept = [
-            i
-            for i, where in enumerate(places)
-            if where == place and common(rows[:, i], plan.note_patient, _SMALLEST_CELL)
-        ]
+    patients = plan.note_patient
+    if lines is not None:
+        rows = np.asarray(lines, dtype=np.float64)
+        kept = [i for i in range(rows.shape[1]) if common(rows[:, i], patients, _SMALLEST_CELL)]
         if kept:
-            families.append((rows[:, kept], [f"{place} {number + 1}" for number in range(len(kept))], weight))
-    if style.units:
-        families.append((style.values, [unit.key for unit in style.units], _OF_UNITS))
-    total = sum(weight for *_, weight in families)
+            families.append((rows[:, kept], [f"closing line {i + 1}" for i in range(len(kept))], _OF_LINES))
+    whole = [i for i, unit in enumerate(style.units) if unit.unit == "% of notes"]
+    if whole:
+        families.append((style.values[:, whole], [style.units[i].key for i in whole], _OF_NOTES))
     if not families:
-        return Claim("association", "cannot_tell", "no measure of style is common enough in these notes")
+        return Claim("association", "cannot_tell", "no closing line or style of a whole note is common enough")
+    total = sum(weight for *_, weight in families)
     p_value, named, n_measures = 1.0, [], 0
     for values, names, weight in families:
         result = max_t_test(label_slopes(values, labels, plan), names, plan, name="association")

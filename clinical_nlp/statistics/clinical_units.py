@@ -52,17 +52,6 @@ class NoteMeasures:
         return NoteMeasures(self.values[rows][:, columns], tuple(self.units[i] for i in columns))
 
 
-@dataclass(frozen=True, eq=False)
-class SharedLines:
-    """(n_notes, k) 0 or 1: which notes open or close with which line that many patients share, and which it is.
-
-    Letterheads, dictation systems and signatures show there. The lines themselves are not kept.
-    """
-
-    rows: np.ndarray
-    places: tuple[str, ...]
-
-
 _WORD = re.compile(r"[^\W\d_]+(?:['’/\-][^\W\d_]+)*")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*")
 _BULLETS = {
@@ -197,23 +186,21 @@ def common(
     return len(np.unique(note_patient[unusual])) >= fewest_patients
 
 
-def shared_end_lines(notes: Sequence[Note], *, fewest_patients: int = 11) -> SharedLines:
-    """Find the first and last lines of notes that many patients share, whichever their institution."""
-    ends = [_end_lines(note.text) for note in notes]
-    patients: dict[tuple[str, str], set[str]] = {}
-    for note, lines in zip(notes, ends, strict=True):
-        for line in lines:
-            patients.setdefault(line, set()).add(note.patient_id)
-    kept = sorted(line for line, who in patients.items() if len(who) >= fewest_patients)
-    rows = np.array([[float(line in lines) for line in kept] for lines in ends]).reshape(len(notes), len(kept))
-    return SharedLines(rows, tuple(place for place, _ in kept))
+def closing_lines(notes: Sequence[Note], *, fewest_patients: int = 11) -> np.ndarray:
+    """Which notes end with which line that many patients share, whichever their institution.
 
+    Dictation systems and signatures show there.
 
-def _end_lines(text: str) -> frozenset[tuple[str, str]]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return frozenset()
-    return frozenset((("opening line", _digest(lines[0])), ("closing line", _digest(lines[-1]))))
+    Returns
+    -------
+    (n_notes, k) 0 or 1; the lines themselves are not kept.
+    """
+    ends = [next((_digest(line) for line in reversed(note.text.splitlines()) if line.strip()), "") for note in notes]
+    patients: dict[str, set[str]] = {}
+    for note, line in zip(notes, ends, strict=True):
+        patients.setdefault(line, set()).add(note.patient_id)
+    kept = sorted(line for line, who in patients.items() if line and len(who) >= fewest_patients)
+    return np.array([[float(line == one) for one in kept] for line in ends]).reshape(len(notes), len(kept))
 
 
 def _digest(line: str) -> str:
@@ -358,7 +345,7 @@ _UNITS: tuple[ClinicalUnit, ...] = (
     _style_of_notes("all_capitals", "Notes all in capitals"),
     _style_of_notes("no_capitals", "Notes without capitals"),
     ClinicalUnit("capital_words", "Words in capitals", "% of words", "content"),
-    _style_of_notes("wrapped", "Notes with lines wrapped at a fixed width"),
+    ClinicalUnit("wrapped", "Notes with lines wrapped at a fixed width", "% of notes with long lines", "style"),
     ClinicalUnit("wrap_width", "Width of wrapped lines", "characters", "style"),
     _style_of_lines("blank_lines", "Blank lines"),
     _style_of_lines("bullet:dash", "Lines with a dash as bullet"),

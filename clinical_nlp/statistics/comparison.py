@@ -12,7 +12,7 @@ import numpy as np
 from clinical_nlp.errors import TooFewPatientsError
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.attribution import Claim, Conventions, attribute, text_scores
-from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, common, measure, shared_end_lines
+from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, closing_lines, common, measure
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import token_shares, word_counts
@@ -218,7 +218,7 @@ def compare(
             labels_are_marked=known.labels_are_marked,
             logits=known.logits,
             outputs=known.outputs,
-            lines=shared_end_lines([sample.notes[i] for i in kept]),
+            lines=closing_lines([sample.notes[i] for i in kept]),
             conventions=known.conventions,
         )
     return replace(

@@ -16,7 +16,7 @@ from clinical_nlp.statistics.attribution import (
     new_institution,
     text_scores,
 )
-from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, SharedLines
+from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures
 from clinical_nlp.statistics.label_shift import ASSUMPTION
 from clinical_nlp.statistics.permutation import PermutationPlan
 from clinical_nlp.statistics.two_sample import max_t_test
@@ -46,7 +46,7 @@ class Hospitals:
         self.plan = PermutationPlan(people, sides, n_permutations=199, seed=seed)
         self.measures = NoteMeasures(np.array(values), UNITS)
         self.labels, self.logits = np.array(labels), np.array(logits)
-        self.lines = SharedLines(np.array(lines), ("closing line", "closing line"))
+        self.lines = np.array(lines)
 
     def claims(self, *, gold, **options):
         labels = self.labels if gold else np.where(self.plan.is_target[self.plan.note_patient], math.nan, self.labels)
@@ -112,9 +112,21 @@ def test_an_association_that_both_have_is_no_difference_even_if_prevalence_diffe
     assert np.mean(rejected) <= 0.15  # 2 of 40 expected
 
 
+def test_a_share_of_lines_that_moves_with_the_label_is_no_association():
+    """Where findings are bullets, a patient with more findings has more of them: style, not a spurious association."""
+    hospitals = Hospitals(3, patients=150)
+    is_other = hospitals.plan.is_target[hospitals.plan.note_patient]
+    values = hospitals.measures.values.copy()
+    values[:, 0] += 3 * hospitals.labels * is_other
+    for unit, answer in (("% of lines", "not_found"), ("% of notes", "changed")):
+        units = (ClinicalUnit("u0", "Bullets", unit, "style"), *UNITS[1:])
+        found = attribute(hospitals.plan, NoteMeasures(values, units), labels=hospitals.labels, lines=hospitals.lines)
+        assert {claim.question: claim.answer for claim in found}["association"] == answer
+
+
 def test_slopes_are_those_of_least_squares():
     hospitals = Hospitals(3, follows=(0.2, 0.9))
-    values, plan = hospitals.lines.rows, hospitals.plan
+    values, plan = hospitals.lines, hospitals.plan
     found = max_t_test(label_slopes(values, hospitals.labels, plan), ["a", "b"], plan).measures[0]
     is_other = plan.is_target[plan.note_patient]
     for side, slope in ((False, found.reference), (True, found.other)):

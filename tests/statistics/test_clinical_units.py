@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clinical_nlp.notes.schema import Note
-from clinical_nlp.statistics.clinical_units import common, measure, shared_end_lines, units_of
+from clinical_nlp.statistics.clinical_units import closing_lines, common, measure, units_of
 
 
 def note(
@@ -98,12 +98,12 @@ def test_shared_lines_count_patients_not_notes_and_ignore_digits():
     assert column.tolist() == [100, 100, 100, 0]
 
 
-def test_end_lines_of_few_patients_are_not_looked_at_and_no_line_is_kept():
-    notes = [note(f"Own line {'abcdefghijklm'[i]}\ntext\nTyped by a machine.", i) for i in range(13)]
-    found = shared_end_lines(notes)
-    assert found.places == ("closing line",)
-    assert found.rows[:, 0].tolist() == [1.0] * 13
-    assert "machine" not in repr(found)
+def test_closing_lines_of_few_patients_are_not_looked_at():
+    notes = [
+        note(f"text\n{'Own line ' + 'abc'[i] if i < 3 else 'Typed by a machine, 3 pages.'}\n\n", i) for i in range(14)
+    ]
+    assert closing_lines(notes).tolist() == [[0.0]] * 3 + [[1.0]] * 11
+    assert closing_lines(notes[:13]).shape == (13, 0)
 
 
 def test_common_needs_patients_not_notes():
