@@ -55,7 +55,7 @@ _MEMORY = "512MB"
 _PATIENT_ROWS = 20_000
 _AT_ONCE = 200
 """Patients that are gathered at a time, in this process or in a worker."""
-_FOR_WORKERS = 300_000
+_FOR_WORKERS = 100_000
 """Mentions from which it is worth while to start workers for the patients: each loads the terminology first."""
 _DONE = "ledger/outputs.json"
 
