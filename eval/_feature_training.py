@@ -225,6 +225,107 @@ def self_train(notes: Notes, target: Notes, config: FeatureConfig, *, share: flo
     return train_classifier(notes.and_also(taught), config, seed=seed)
 
 
+def align_discriminatively(notes: Notes, target: Notes, config: FeatureConfig, *, seed: int = 0) -> Classifier:
+    """Learn the source, then move a copy of the adapter until a discriminator takes target states for source states.
+
+    The head and the source's adapter stay as they were. With an adversary whose labels are inverted there is no
+    schedule; half the steps and a third of the rate keep the copy near where it began.
+
+    References
+    ----------
+    Tzeng et al. 2017, Adversarial Discriminative Domain Adaptation, section 4.
+    """
+    import copy
+
+    import torch
+
+    fixed = train_classifier(notes, config, seed=seed)._network
+    moved = copy.deepcopy(fixed).train()
+    random = np.random.default_rng(seed)
+    size = notes.vectors.shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        discriminator = torch.nn.Sequential(
+            torch.nn.Linear(size, 64), torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 2)
+        )
+    adapter = [*moved.down.parameters(), *moved.up.parameters()]
+    rate = config.learning_rate / 3
+    chase, flee = torch.optim.AdamW(discriminator.parameters(), lr=rate), torch.optim.AdamW(adapter, lr=rate)
+    cross_entropy, half = torch.nn.functional.cross_entropy, config.batch_size // 2
+    for _ in range(config.steps // 2):
+        ours, theirs = (torch.from_numpy(_drawn(one.vectors, half, random)) for one in (notes, target))
+        with torch.no_grad():
+            known = fixed(ours)[0]
+        state = moved(theirs)[0]
+        side = torch.cat([torch.zeros(len(known)), torch.ones(len(state))]).long()
+        told = cross_entropy(discriminator(torch.cat([known, state.detach()])), side)
+        chase.zero_grad()
+        told.backward()
+        chase.step()
+        fooled = cross_entropy(discriminator(state), torch.zeros(len(state), dtype=torch.long))
+        flee.zero_grad()
+        fooled.backward()
+        flee.step()
+    return Classifier(moved.eval(), None)
+
+
+def minimise_discrepancy(notes: Notes, target: Notes, config: FeatureConfig, *, seed: int = 0) -> Classifier:
+    """Let two heads disagree on the target as much as the source allows, and move the adapter until they do not.
+
+    References
+    ----------
+    Saito et al. 2018, Maximum Classifier Discrepancy for Unsupervised Domain Adaptation, section 3.3 (n = 2).
+    """
+    import torch
+
+    functional = torch.nn.functional
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = _network(notes.vectors.shape[1], config.width)
+        other = torch.nn.Linear(notes.vectors.shape[1], 2)
+    adapter = [*network.down.parameters(), *network.up.parameters()]
+    heads = [*network.head.parameters(), *other.parameters()]
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    of_adapter, of_heads = torch.optim.AdamW(adapter, **options), torch.optim.AdamW(heads, **options)
+    random = np.random.default_rng(seed)
+
+    def gap(x: Any) -> Any:
+        state = network(x)[0]
+        first, second = functional.softmax(network.head(state), -1), functional.softmax(other(state), -1)
+        return (first - second).abs().mean()
+
+    for step in range(config.steps):
+        for group in (*of_adapter.param_groups, *of_heads.param_groups):
+            group["lr"] = config.learning_rate * (1 - step / config.steps)
+        rows = random.integers(0, len(notes.label), config.batch_size)
+        x, label = torch.from_numpy(notes.vectors[rows]), torch.from_numpy(notes.label[rows].astype(np.int64))
+        there = torch.from_numpy(_drawn(target.vectors, config.batch_size, random))
+
+        def learned(x: Any = x, label: Any = label) -> Any:
+            state, logits = network(x)
+            return functional.cross_entropy(logits, label) + functional.cross_entropy(other(state), label)
+
+        def moves(loss: Any, *optimizers: Any) -> None:
+            for optimizer in (of_adapter, of_heads):
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+        moves(learned(), of_adapter, of_heads)
+        moves(learned() - gap(there), of_heads)
+        for _ in range(2):
+            moves(gap(there), of_adapter)
+    with torch.no_grad():  # the score is that of both heads together
+        network.head.weight.copy_((network.head.weight + other.weight) / 2)
+        network.head.bias.copy_((network.head.bias + other.bias) / 2)
+    return Classifier(network.eval(), None)
+
+
+def _drawn(vectors: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
+    return np.asarray(vectors[random.integers(0, len(vectors), size)])
+
+
 def _network(size: int, width: int) -> Any:
     import torch
 

@@ -23,9 +23,12 @@ from clinical_nlp.corpora.synthetic_hospitals import MARKERS
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
 from clinical_nlp.eval._discrimination import FEWEST_SEEDS, Panel, methods_differ
 from clinical_nlp.eval._feature_training import (
+    Classifier,
     FeatureConfig,
     Notes,
     TermFeatures,
+    align_discriminatively,
+    minimise_discrepancy,
     self_train,
     train_classifier,
 )
@@ -514,6 +517,9 @@ def list_methods(
     def with_token(given: Notes) -> Callable[[int], np.ndarray]:
         return lambda seed: bench.train(given, test, seed, token=True)
 
+    def adapted(adapts: Callable[..., Classifier]) -> Callable[[int], np.ndarray]:
+        return lambda seed: adapts(notes, target, config.features, seed=seed).score(test)
+
     def aligned(name: str, both: Notes) -> Callable[[int], np.ndarray]:
         objective = objective_of(name, choices.weights[name])
         return lambda seed: bench.train(both, test, seed, objective=objective)
@@ -541,11 +547,12 @@ def list_methods(
         for name in choices.weights
         if NEEDS[name].target
     ]
-    rows.append(
-        Method(
-            "self_training", unlabelled, lambda seed: self_train(notes, target, config.features, seed=seed).score(test)
-        )
-    )
+    for name, adapts in (
+        ("adda", align_discriminatively),
+        ("mcd", minimise_discrepancy),
+        ("self_training", self_train),
+    ):
+        rows.append(Method(name, unlabelled, adapted(adapts)))
     for count in config.few_labels:
         some = bench.notes(bench.some_patients(adapt, count, 3), fitted_on=train)
         rows.append(Method(f"few_labels_{count}", "few target labels", with_token(notes.and_also(some))))

@@ -177,7 +177,7 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
                 config.objective,
                 learned,
                 task="coding",
-                batch_size=config.training.batch_size,
+                batch_size=config.training.batch_size // n_processes(),
                 seed=config.seed,
             )
             collate = MarkedExamples.collate(collate)

@@ -123,7 +123,7 @@ def run(config: NerConfig, output: Path, *, resume: bool = False) -> Run:
                 config.objective,
                 examples,
                 task="ner",
-                batch_size=config.training.batch_size,
+                batch_size=config.training.batch_size // n_processes(),
                 seed=config.seed,
             )
             terms.append(attached.term)

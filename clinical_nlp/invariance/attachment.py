@@ -143,7 +143,7 @@ def attach_objective(
     model : from `tasks.ner.build_model` or `tasks.coding.build_model`: a backbone, a `head` on its states, `losses`.
     config : an active objective; `check_objective` has passed it.
     examples : what is trained on, target notes included.
-    batch_size : examples a forward pass; every institution must have two in it.
+    batch_size : examples a forward pass of one process; every institution must have two in it.
 
     Raises
     ------

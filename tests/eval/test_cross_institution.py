@@ -14,7 +14,15 @@ from clinical_nlp.config import CorpusConfig, load_config
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
 from clinical_nlp.eval import _feature_training, cross_institution
 from clinical_nlp.eval._discrimination import FEWEST_SEEDS, Panel, methods_differ, weighted_auc
-from clinical_nlp.eval._feature_training import FeatureConfig, Notes, TermFeatures, self_train, train_classifier
+from clinical_nlp.eval._feature_training import (
+    FeatureConfig,
+    Notes,
+    TermFeatures,
+    align_discriminatively,
+    minimise_discrepancy,
+    self_train,
+    train_classifier,
+)
 from clinical_nlp.eval.cross_institution import Bench, Book, Labelled, choose_weights, read_notes
 from clinical_nlp.invariance.objectives import NEEDS, ObjectiveConfig, Unlabelled
 from clinical_nlp.notes.corpus import load_corpus
@@ -187,10 +195,36 @@ def test_bad_vectors_and_one_label_are_refused():
         )
 
 
-def test_self_training_keeps_the_rarer_label():
+@pytest.mark.parametrize("adapts", [self_train, align_discriminatively, minimise_discrepancy])
+def test_adaptation_without_labels_keeps_what_the_source_taught(adapts):
     train, target = hospitals([60] * 2, spurious=[0.5, 0.5]), hospitals([60], spurious=[0.5], seed=2)
-    scores = self_train(train, target, FAST).score(target)
-    assert auc(target, scores) > 0.7
+    blind = target.without_labels()
+    assert auc(target, adapts(train, blind, FAST).score(target)) > 0.75
+    assert np.array_equal(adapts(train, blind, FAST).score(target), adapts(train, target, FAST).score(target))
+
+
+def moved(notes, by):
+    vectors = notes.vectors + np.eye(8, dtype=np.float32)[0] * by
+    return Notes(vectors, *_rest(notes))
+
+
+def decided(notes, model):
+    return float(((model.score(notes) > 0) == (notes.label == 1)).mean())
+
+
+def test_adda_moves_a_shifted_target_back():
+    train, target = hospitals([150] * 2, spurious=[0.0, 0.0]), moved(hospitals([150], spurious=[0.0], seed=2), 2.0)
+    settings = FeatureConfig(steps=400, width=8)
+    before = decided(target, train_classifier(train, settings))
+    assert decided(target, align_discriminatively(train, target.without_labels(), settings)) > before + 0.05
+
+
+def test_the_two_heads_of_mcd_are_seen_to_disagree_on_the_target_alone():
+    train, target = hospitals([150] * 2, spurious=[0.0, 0.0]), moved(hospitals([150], spurious=[0.0], seed=2), 2.0)
+    same = minimise_discrepancy(train, train, FAST).score(train)
+    other = minimise_discrepancy(train, target.without_labels(), FAST).score(train)
+    assert not np.array_equal(same, other)
+    assert auc(train, other) > 0.8
 
 
 def test_term_features_know_only_the_words_they_were_fitted_on():
@@ -249,7 +283,12 @@ def test_the_table_has_every_row_that_a_claim_needs(finished):
     }
     assert {name for name, tier in tiers.items() if tier == "control"} == {"constant", "erm_reseeded"}
     aligned = {f"{name}_target" for name in NEEDS if NEEDS[name].target}
-    assert {name for name, tier in tiers.items() if tier == "unlabelled target"} == {*aligned, "self_training"}
+    assert {name for name, tier in tiers.items() if tier == "unlabelled target"} == {
+        *aligned,
+        "self_training",
+        "adda",
+        "mcd",
+    }
     assert tiers["few_labels_5"] == "few target labels"
     numbers = results["numbers"]
     assert numbers["held_out.hospital-4.constant"]["value"] == 0.5

@@ -63,5 +63,5 @@ def test_what_does_not_go_together_is_refused_before_the_notes_are_read(tmp_path
     options = {"objective.name": "dann", "strategy": "head", "corpus.name": "ncbi_disease"}
     with pytest.raises(ConfigError, match="strategy 'head' leaves it"):
         ner.run(load_config(ner.CONFIG, None, options), tmp_path / "run")
-    with pytest.raises(ConfigError, match="objective.name"):
+    with pytest.raises(ConfigError, match=r"objective\.name"):
         load_config(ner.CONFIG, None, {"objective.name": "dan"})
