@@ -117,7 +117,10 @@ _BOX = re.compile(
 _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)])[ \t]*\w")
 
 
-_CLAUSE_ENDS = frozenset((".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then"))
+_CLAUSE_ENDS = frozenset(
+    (".", ",", ";", ")", "and", "but", "by", "on", "at", "per", "today", "however", "as", "then", "in", "bilaterally",
+     "throughout")
+)  # fmt: skip
 _NEAR = 60
 _HISTORY = re.compile(r"hist|hx|h/o", re.IGNORECASE)
 _PRN = re.compile(r"p\.?r\.?n\.?", re.IGNORECASE)
@@ -531,6 +534,8 @@ def _decide(
 
 def _stronger(text: str, forward: _Cue, backward: _Cue, start: int, end: int) -> _Cue:
     """`no fever is present` and `no rash or fever noted` are absent, `no fever, cough present` says cough is there."""
+    if backward.rule.value == "actual":  # `screening for depression was positive`
+        return backward
     nearer = backward.start - end < start - forward.end
     listed = _CONTINUES.search(text, forward.end, start) or _OR.search(text, end, backward.start)
     if backward.rule.value == "present" and nearer and not listed:
