@@ -106,7 +106,9 @@ def _pairs_told(item: dict[str, Any], auc: dict[str, Any] | None) -> str:
     return (
         f"Given one note each of a patient of {item['other']} and of a patient of {item['reference']} that it has not "
         f"seen before, a simple classifier tells which is which in {right} of 100 pairs (50 would be "
-        f"guessing; AUC {number(auc['effect'])}, 95 % interval {interval(auc['low'], auc['high'])})."
+        f"guessing; AUC {number(auc['effect'])}, "
+        + (auc["note"] if auc["low"] is None else f"95 % interval {interval(auc['low'], auc['high'])}")
+        + ")."
     )
 
 
@@ -157,7 +159,8 @@ def _claims(results: dict[str, Any]) -> list[str]:
         )
         points.append(
             "Not shown: why. Style, templates, note types, patients, period and how the export was made all move the "
-            "text, and without gold labels they cannot be told apart."
+            "text. What the evidence says about causes stands below as answers to questions; without labelled notes of "
+            "both institutions most of them cannot be answered."
         )
         points += _mixes(results)
     if "not_distinguished" in verdicts:

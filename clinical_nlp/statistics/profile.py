@@ -116,6 +116,8 @@ def make_profile(sample: SampledNotes, institution: str, *, institution_means: s
         summaries.append(
             _summary(vectors[kept], found.values[kept], found.units, here, [sample.notes[i] for i in kept])
         )
+    if sample.is_first.all():  # one note each: nothing to say twice
+        summaries[1] = summaries[0]
     return Profile(
         institution,
         institution_means,
