@@ -118,9 +118,7 @@ _PAIRS: tuple[tuple[str, Kind, str, str, str], ...] = (
 )  # fmt: skip
 _SHORT = {key: (re.compile(short, 0 if key == "side" else re.I), re.compile(long, re.I))
           for key, _, _, short, long in _PAIRS}  # fmt: skip
-_SIGNED = re.compile(
-    r"^[ \t]*(?:(?:electronically )?(?:signed|dictated|transcribed|authenticated)\b|/s/|_{5,}|-{2,} ?\w)", re.I | re.M
-)
+_SIGNED = re.compile(r"^[ \t]*(?:(?:electronically )?(?:signed|authenticated)\b|/s/|_{5,}|-{2,} ?\w)", re.I | re.M)
 _ELECTRONIC = re.compile(r"\belectronically signed\b|/es/|\be-signed\b", re.I)
 _LETTERHEAD = re.compile(r"\b(?:hospital|medical (?:center|centre|group)|infirmary|clinic|health(?:care)?)\b", re.I)
 _PUNCTUATION = re.compile(r"[.,;:!?()\"]")
