@@ -213,7 +213,8 @@ def _fit(config: DebiasingConfig, fitted: ProbedNotes, run: Run) -> dict[str, Er
         except TooFewPatientsError:
             if name != "inlp":
                 raise
-            erasers[name] = fitter.fit(name, n_directions=min(8, config.dimensions - 1))
+            made = fitter.fit(name, n_directions=min(8, config.dimensions - 1))
+            erasers[name] = replace(made, note="too few patients to know when to stop")
         erasers[name].save(run.path / "erasers")
     return {str(name): eraser for name, eraser in erasers.items()}
 
