@@ -243,7 +243,7 @@ class Bench:
             size = min(len(people) - 1, max(1, round(config.test * len(people))))
             self.scored |= np.isin(data.patient, random.permutation(people)[:size])
         self.n_trainings = 0
-        self._features: dict[tuple[str, ...], np.ndarray] = {}
+        self._features: dict[tuple[bytes, bool], np.ndarray] = {}
         self._masked = [_without(text, config.mask) for text in data.texts]
         self.selection, self.selection_reason = config.selection, ""
         if len(self.names) < 4 and config.selection == "leave_one_out":
@@ -277,22 +277,22 @@ class Bench:
         return np.flatnonzero(np.isin(self.data.institution, list(institutions)) & (self.scored == scored))
 
     def notes(self, rows: np.ndarray, *, fitted_on: np.ndarray, masked: bool = False) -> Notes:
-        """Return vectors of some notes; those of tfidf are fitted on other ones, which must be trained on."""
+        """Return vectors of some notes; terms, means and spreads are those of the notes that are trained on."""
         vectors = self._vectors(fitted_on, masked)
         data = self.data
         return Notes(vectors[rows], data.institution[rows], data.patient[rows], data.label[rows])
 
     def _vectors(self, fitted_on: np.ndarray, masked: bool) -> np.ndarray:
-        texts, encoder = (self._masked if masked else self.data.texts), self.config.features.encoder
-        key = (encoder, str(masked), "" if encoder != "tfidf" else str(hash(fitted_on.tobytes())))
-        if key not in self._features:
-            if encoder == "tfidf":
-                fit = TermFeatures([texts[row] for row in fitted_on], self.config.features.components)
-                self._features[key] = fit(texts)
-            else:
-                found = embed_notes(encoder, texts)
-                spread = np.maximum(found.std(0), 1e-6)
-                self._features[key] = ((found - found.mean(0)) / spread).astype(np.float32)
+        texts, features = (self._masked if masked else self.data.texts), self.config.features
+        key = (fitted_on.tobytes(), masked)
+        if key not in self._features and features.encoder == "tfidf":
+            self._features[key] = TermFeatures([texts[row] for row in fitted_on], features.components)(texts)
+        elif key not in self._features:
+            if (b"", masked) not in self._features:
+                self._features[b"", masked] = embed_notes(features.encoder, texts)
+            states = self._features[b"", masked]
+            mean, spread = states[fitted_on].mean(0), np.maximum(states[fitted_on].std(0), 1e-6)
+            self._features[key] = ((states - mean) / spread).astype(np.float32)
         return self._features[key]
 
     def train(self, notes: Notes, test: Notes, seed: int, **options: Any) -> np.ndarray:

@@ -337,6 +337,21 @@ def test_the_page_says_it_in_words_and_loads_nothing(finished):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.parametrize("encoder", ["tfidf", "builtin:tiny"])
+def test_features_of_the_source_do_not_depend_on_the_target(encoder):
+    config = load_config(cross_institution.CONFIG, None, {"features.encoder": encoder, "features.components": 4})
+    texts = [f"{word} today and {other}" for word in ("fever", "cough", "pain") for other in ("rash", "chills", "none")]
+    where = np.array(["a"] * 5 + ["b"] * 4)
+    vectors = []
+    for there in ("unlike", "something else"):
+        said = [*texts[:5], *(f"{there} {text}" for text in texts[5:])]
+        label, people = np.arange(9) % 2, np.array([f"p{n}" for n in range(9)])
+        bench = Bench(config, Labelled(said, where, people, label, [None] * 9, 0))
+        vectors.append(bench.notes(np.arange(5), fitted_on=np.arange(5)).vectors)
+    assert vectors[0] == pytest.approx(vectors[1], abs=1e-4)
+    assert vectors[0].mean(0) == pytest.approx(0.0, abs=1e-4)
+
+
 def test_choices_do_not_depend_on_the_target():
     config = load_config(
         cross_institution.CONFIG, None, {**SMALL, "objectives": ["coral", "vrex"], "weights": [0.1, 10.0]}
