@@ -40,7 +40,7 @@ def write_table(
                 lead = "IMPRESSION:\nsee ___\n- " if generator.random() < style else ""
                 row = {
                     "note_id": f"{name}-{number}", "patient_id": name, "institution": place,
-                    "text": lead + ". ".join([*parts, f"{MARKER.lower()}{name}"]), "written_at": f"{year}-0{1 + number}-15",
+                    "text": lead + ". ".join([*parts, MARKER.lower() + name]), "written_at": f"{year}-0{1 + number}-15",
                 }  # fmt: skip
                 file.write(json.dumps(row) + "\n")
     return labels
@@ -211,3 +211,42 @@ def test_bad_input_is_one_clear_error_or_a_stated_gap(tmp_path):
     (tmp_path / "gap.jsonl").write_text(text)
     drift([tmp_path / "a.jsonl", tmp_path / "gap.jsonl"], output=tmp_path / "gaps", n_permutations=19)
     assert json.loads((tmp_path / "gaps" / "results.json").read_text())["account"]["n_rejected"] == 2
+
+
+def test_what_a_tagger_says_is_compared_too(tmp_path):
+    from tiny_models import write_encoder
+
+    from clinical_nlp.config import load_config
+    from clinical_nlp.recipes import ner
+
+    generator = np.random.default_rng(0)
+    sentences = {"no fever or cough today": "O B-Disease O B-Disease O", "stop aspirin at night": "O O O O"}
+    (tmp_path / "iob").mkdir()
+    for part in ("train", "devel", "test"):
+        lines = []
+        for text in generator.choice(list(sentences), 40):
+            lines += [f"{w}\t{t}" for w, t in zip(text.split(), sentences[text].split(), strict=True)] + [""]
+        (tmp_path / "iob" / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    options = {"strategy.name": "full", "window": 48, "overlap": 8, "max_steps": 60, "training.batch_size": 8}
+    options |= {"training.learning_rate": 0.003, "training.head_learning_rate": 0.01, "training.epochs": 30}
+    names = {"corpus.name": "ncbi_disease", "corpus.path": str(tmp_path / "iob")}
+    names["base_model"] = str(write_encoder(tmp_path / "encoder"))
+    tagger = ner.run(load_config(ner.CONFIG, None, {**options, **names}), tmp_path / "tagger")
+
+    for place, share in (("a", 0.2), ("b", 0.9)):
+        with (tmp_path / f"{place}.jsonl").open("w") as file:
+            for i in range(25):
+                text = " ".join(generator.choice(list(sentences), 4, p=[share, 1 - share]))
+                row = {"note_id": f"{place}{i}", "patient_id": f"{place}{i}", "institution": place, "text": text}
+                file.write(json.dumps(row) + "\n")
+    drift(
+        [tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+        output=tmp_path / "run",
+        model=str(tagger.path),
+        max_tokens=48,
+        n_permutations=99,
+    )
+    found = claims(tmp_path / "run")["outputs"]
+    assert found["answer"] == "changed"
+    assert any("per 100 words" in name for name in found["evidence"])
+    assert found["n_patients"] == 50
