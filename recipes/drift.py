@@ -228,6 +228,7 @@ def _analyse_profiles(config: DriftConfig, run: Run, profiled: Sequence[Path]) -
     if config.strata != "none":
         raise UsageError("strata=profile needs notes of every institution; profiles are compared with strata=none")
     profiles = [item for path in profiled for item in read_profiles(path)]
+    n_profiles = len(profiles)
     exports = [source for source in config.sources if Path(source) not in profiled]
     means = sorted({profile.institution_means for profile in profiles if profile.institution_means})
     account: dict[str, Any] = {"n_records": 0, "n_notes": 0, "skipped": {}, "n_rejected": 0}
@@ -267,13 +268,12 @@ def _analyse_profiles(config: DriftConfig, run: Run, profiled: Sequence[Path]) -
         | {
             "n_patients": sum(people.values()),
             "n_notes": sum(profile.n_notes for profile in profiles),
-            "n_records": account["n_records"],
             "n_patients_in_several_institutions": 0,
             "n_institutions_named": len(profiles) + small,
             "n_institutions": len(profiles) + small,
             "n_notes_left_out_elsewhere": 0,
             "n_notes_sampled": sum(profile.summaries[0].n_notes for profile in profiles),
-            "n_profiles": len(profiles) if not exports else len(profiles) - len(set(names) - set(_names_of(profiled))),
+            "n_profiles": n_profiles,
             "institution_means": "; ".join(dict.fromkeys(means)) or "what the profiles name",
         },
         "reference": reference,
@@ -291,10 +291,6 @@ def _analyse_profiles(config: DriftConfig, run: Run, profiled: Sequence[Path]) -
     }
     _finish(run, comparisons, results)
     return Results(run, tuple(comparisons))
-
-
-def _names_of(profiled: Sequence[Path]) -> list[str]:
-    return [profile.institution for path in profiled for profile in read_profiles(path)]
 
 
 def _words_in(profile: Profile) -> float:

@@ -409,6 +409,12 @@ def _compared(results: dict[str, Any]) -> Section:
         points.append(f"{few} of {len(results['institutions'])} institutions have fewer than {smallest} patients each.")
     if gone := account["n_institutions_named"] - account["n_institutions"]:
         points.append(f"{gone} institutions are left without patients once each patient stands in one only.")
+    if results["protocol"]["from_profiles"]:
+        points.append(
+            f"{account['n_patients']} patients with {account['n_notes']} notes; {account['n_profiles']} of "
+            f"{len(large)} institutions came as a profile, without their notes. The files say what they hold."
+        )
+        return Section("What was compared", [*blocks, Points(points)])
     skipped = sum(account["skipped"].values())
     rules = "; ".join(f"{rule} {count}" for rule, count in account["skipped"].items())
     points += [
