@@ -50,3 +50,9 @@ def test_context_decides(matcher, text, label):
 def test_capitals_mark_nothing_in_a_shouted_line(matcher):
     assert ("CP", "Chest pain") not in found(matcher, "PATIENT DENIES CP TODAY AND NO OTHER COMPLAINTS")
     assert ("CP", "Chest pain") in found(matcher, "Patient denies CP today")
+
+
+def test_capitals_mark_abbreviations_among_abbreviations(matcher):
+    short = {surface for surface, _ in found(matcher, "PMH: HTN, OSA, GERD, COPD, TIA, CHF, DVT")}
+    assert short == {"HTN", "OSA", "GERD", "COPD", "TIA", "CHF", "DVT"}
+    assert found(matcher, "VITALS: BP 120/80 HR 70 RR 12 O2 SAT 98% RA") == []

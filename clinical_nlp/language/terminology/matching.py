@@ -192,7 +192,7 @@ class Matcher:
             form = text[start:end]
             if form in defined or form[:-1] in defined:
                 continue
-            if reach[bisect_left(begins, end)] <= start and not _shouted(text, start, end):
+            if reach[bisect_left(begins, end)] <= start and not _shouted(self._index, text, start, end):
                 code = chosen(text, start, end, senses, written)
                 if code is not None:
                     found.append(self._made(start, end, code, 1.0))
@@ -379,10 +379,21 @@ def _unfinished(index: Index, text: str, start: int, end: int) -> bool:
     return text.endswith(("al", "ar", "ic"), start, end) and light(text[start:end]) not in index.last_words
 
 
-def _shouted(text: str, start: int, end: int) -> bool:
-    """Whether the words around are all capitals, so that capitals do not mark an abbreviation."""
+def _shouted(index: Index, text: str, start: int, end: int) -> bool:
+    """Whether the words around are all capitals, so that capitals do not mark an abbreviation.
+
+    Among other abbreviations they do (`PMH: HTN, OSA, GERD`); a word of the vocabulary or a long one is none.
+    """
     around = re.findall(r"[A-Za-z]{3,}", text[max(0, start - 30) : start] + " " + text[end : end + 30])
-    return len(around) >= 2 and all(word.isupper() for word in around)
+    return (
+        len(around) >= 2
+        and all(word.isupper() for word in around)
+        and any(
+            len(word) > 5 or word.lower() in FREE | WEAK or root(word) in index.vocabulary
+            for word in around
+            if word not in index.abbreviations
+        )
+    )
 
 
 def _rows(name: str) -> list[dict[str, str]]:
