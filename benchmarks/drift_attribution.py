@@ -7,9 +7,9 @@
 
 Two institutions of 200 patients with two to six notes. A row turns one knob of the generator, or two at once. Evidence:
 `text` has labels of the reference only, `gold` has labels of both institutions, `conventions` has in addition the other
-institution's notes marked under both conventions. Rows with `concept` share the text of the row without it. The oracle of a knob makes one test of the truth behind it: the
-generator's own style attributes, the true label, the closing line, the classes that the convention leaves out; without
-gold, whether the notes state the condition at all.
+institution's notes marked under both conventions. Rows with `concept` share the text of the row without it. The oracle
+of a knob makes one test of the truth behind it: the generator's own style attributes, the true label, the closing line,
+all marks; without gold, whether the notes state the condition at all.
 """
 
 from __future__ import annotations
