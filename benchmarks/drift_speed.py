@@ -1,4 +1,4 @@
-"""Speed of the patient permutation tests beside naive loops: `python benchmarks/drift_speed.py --out FILE`.
+"""Speed of the patient permutation tests beside naive loops: `python benchmarks/drift_speed.py`.
 
 Every case runs in a fresh process that holds nothing else, with the plan of relabellings built inside the clock. The
 naive loop beside it does the textbook thing (index the kernel, fit the classifier or average the features anew for
@@ -10,6 +10,7 @@ of, makes the former longer, and on free cores it is at most the latter.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import sys
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Peak, in_fresh_process, write_result
+from measuring import Peak, in_fresh_process, machine
+
+from clinical_nlp.runs import package_versions
 
 CASES: dict[str, dict[str, Any]] = {
     "mmd, ten notes a patient": {
@@ -163,7 +166,7 @@ def main() -> None:
         print(json.dumps(measured(json.load(sys.stdin)["case"])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="a part of the names of cases")
     arguments = parser.parse_args()
@@ -173,7 +176,14 @@ def main() -> None:
             specification = {"threads": arguments.threads, "case": case}
             found[name] = in_fresh_process(str(Path(__file__)), ".", specification, cpu=True)
             sys.stderr.write(f"{name}: {json.dumps(found[name])}\n")
-    write_result(arguments.out, "drift speed", arguments, {"cases": found})
+    whole = {
+        "benchmark": "drift speed",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(arguments.threads),
+        "packages": package_versions(),
+        "cases": found,
+    }
+    arguments.out.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
