@@ -1,7 +1,7 @@
 """What is left of the institution after an eraser: curves of fresh probes, and LEACE beside the floor of its formula.
 
     python benchmarks/leakage.py --output benchmarks/leakage.json
-    python benchmarks/leakage.py --encoder FOLDER --patients 500 --output benchmarks/leakage_encoder.json
+    python benchmarks/leakage.py --encoder FOLDER --patients 1200 --output benchmarks/leakage_encoder.json
 
 Simulated: Gaussian notes of two institutions whose means differ, where the best linear probe on new patients is known
 exactly once LEACE is fitted; over 20 fits for each number of patients. Notes: two synthetic hospitals (`covariate`
