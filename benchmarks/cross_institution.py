@@ -3,7 +3,7 @@
 Synthetic hospitals whose closing line goes with the target condition: at .98, .9 and .7 in the training institutions
 and .1 in the held-out one; and, as the control in which no objective can work, at .9 in each of them. The held-out
 institution has patients enough for five studies of 200 and for the truth: each contrast of a study is held against the
-same trained models on the 800 test patients that the study does not have. About five minutes of processor time a scenario.
+same trained models on the 800 test patients that the study does not have. About five minutes a scenario.
 """
 
 from __future__ import annotations
