@@ -630,13 +630,17 @@ def profile(words: list[str]) -> int:
     parser = _Parser(prog="clinical-nlp profile", description=profile.__doc__)
     parser.add_argument("sources", metavar="SOURCE", nargs="*", help="file or folder of an export; one or more")
     parser.add_argument("--output", type=Path, metavar="FILE", help="new .json file")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     _add_config(parser, config_class, positional="sources")
     arguments, overrides = _parse(parser, config_class, words)
     if arguments.sources:
         overrides["sources"] = arguments.sources
+    config = load_config(config_class, None, overrides)
+    if arguments.print_config:
+        return _print_config(config)
     if arguments.output is None:
         raise UsageError("--output FILE is needed")
-    found, rejected = module.write_profile(load_config(config_class, None, overrides), arguments.output)
+    found, rejected = module.write_profile(config, arguments.output)
     print(f"profile: {len(found)} institutions; no text, no token, no id (the file says what leaves)")
     print(f"result: {arguments.output}")
     return REJECTED if rejected else 0
