@@ -52,6 +52,12 @@ def _entry(results: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
+def _short(entry: dict[str, Any]) -> str:
+    """A cell: the value with its interval, without the reason where there is none."""
+    known = entry["low"] is not None
+    return f"{number(entry['value'])} ({interval(entry['low'], entry['high'])})" if known else number(entry["value"])
+
+
 def _said(entry: dict[str, Any]) -> str:
     if entry["value"] is None:
         return entry["note"] or "undefined"
@@ -115,20 +121,22 @@ def _not_claimed(results: dict[str, Any]) -> Points:
 
 def _held_out(results: dict[str, Any], table: dict[str, Any]) -> Section:
     prefix = f"held_out.{table['target']}"
-    rows, points = [], []
+    rows, points, undefined = [], [], []
     for row in table["rows"]:
         name = row["name"]
         score, contrast = _entry(results, f"{prefix}.{name}"), _entry(results, f"{prefix}.{name}.minus_erm")
         recovery = _entry(results, f"{prefix}.{name}.recovery")
+        if name != "erm" and recovery["value"] is None and recovery["note"] not in undefined:
+            undefined.append(recovery["note"])
         low, high = (_NAN if score[key] is None else score[key] for key in ("low", "high"))
         points.append((_name(name), _NAN if score["value"] is None else score["value"], low, high))
         rows.append(
             [
                 row["tier"],
                 _name(name),
-                _said(score),
-                "" if name == "erm" else _said(contrast),
-                "" if name == "erm" else _said(recovery),
+                _short(score),
+                "" if name == "erm" else _short(contrast),
+                "" if name == "erm" else _short(recovery),
                 _p(row, "p_seeds"),
                 _p(row, "p_holm"),
                 _p(row, "p_models"),
@@ -160,7 +168,12 @@ def _held_out(results: dict[str, Any], table: dict[str, Any]) -> Section:
         f"Held out: {table['target']}",
         [
             Figure(plot, "Mean over seeds, 95 % interval over patients and seeds. The line marks erm."),
-            Table(columns, rows, f"{table['n_patients']} patients, {table['n_notes']} notes, the same in every row"),
+            Table(
+                columns,
+                rows,
+                f"{table['n_patients']} patients, {table['n_notes']} notes, the same in every row"
+                + (f". No recovery: {'; '.join(undefined)}" if undefined else ""),
+            ),
             Text(
                 f"Trained on {table['n_training_patients']} patients of {', '.join(table['sources'])}; the tiers with "
                 f"target data draw on {table['n_adaptation_patients']} other patients of {table['target']}. Chosen by "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 _WIDTH = 720.0
@@ -50,6 +50,11 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
+def _room(labels: Iterable[str]) -> float:
+    """Return the width that the longest label takes, within reason."""
+    return min(0.45 * _WIDTH, max(_LABEL, 16 + 7.2 * max(map(len, labels), default=0)))
+
+
 def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: str) -> str:
     """Show how far each measurement lies outside what chance gives.
 
@@ -63,7 +68,7 @@ def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: st
     # Beyond ten standard deviations only "far outside" matters; an open scale would hide the band.
     clipped = [min(max(value, -10.0), 10.0) for _, value, _ in rows if not math.isnan(value)]
     low, high = min([-3.0, *(value - 0.5 for value in clipped)]), max([4.0, *(value + 0.5 for value in clipped)])
-    left, right, step, top = _LABEL, _WIDTH - 120, 34.0, 10.0
+    left, right, step, top = _room(label for label, *_ in rows), _WIDTH - 120, 34.0, 10.0
     bottom = top + step * len(rows)
 
     def at(value: float) -> float:
@@ -113,7 +118,7 @@ def interval_plot(
     low, high = min(shown), max(shown)
     margin = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     low, high = low - margin, high + margin
-    left, right, step, top = _LABEL, _WIDTH - 70, 30.0, 8.0
+    left, right, step, top = _room(label for label, *_ in rows), _WIDTH - 70, 30.0, 8.0
     bottom = top + step * len(rows)
 
     def at(value: float) -> float:
