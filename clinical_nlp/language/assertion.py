@@ -73,7 +73,8 @@ _DONE = re.compile(
     re.IGNORECASE,
 )
 _ANSWER = re.compile(
-    r"[ \t]*[:=\-–—|?\t]+[ \t]*(?:(?P<absent>no(?:ne)?|neg(?:ative)?|denie[sd]|absent|nil|not present|n|0|never|nope)"
+    r"[ \t]*[:=\-–—|?\t]+[ \t]*\n?[ \t]*"
+    r"(?:(?P<absent>no(?:ne)?|neg(?:ative)?|denie[sd]|absent|nil|not present|n|0|never|nope)"
     r"|(?P<present>yes|pos(?:itive)?|present|y|\+|x)|(?P<uncertain>possible|possibly|unsure|unknown|unclear|maybe|\?))"
     r"(?=[ \t]*(?:[)\].,;|\n\t]|$)"
     r"| (?:today|now|currently|at (?:this|present|the)|recently|reported|noted|known|seen)\b)"

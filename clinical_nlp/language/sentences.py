@@ -21,6 +21,9 @@ _STOP = re.compile(
     r"[.!?;](?:(?<=;)(?=\s)|(?<!;)[.!?]*[\"'”’)\]]*(?=,?\s|,[A-Z0-9*•]|$)|(?<=[a-z]{3}\.)(?=[A-Z][a-z]+\s))"
 )
 _ONE = re.compile(r"[^.!?;)]*+[.!?;]?+\s*+\Z")  # nothing in it can end a sentence but its end
+_REPLY = re.compile(
+    r"[ \t]*(?:absent|present|none|no|yes|negative|positive|denied|nil)[.,;]"
+)  # `Facial droop:⏎absent.`
 _SPEAKER = re.compile(r"[ \t]*\[[A-Za-z_]{2,20}\][ \t]")
 _ASKED = re.compile(r"\s+\[")  # `any fever ? [patient]`
 _BULLET = re.compile(r"[ \t]*(?:[-*•·▪◦‣–—○►+#]+(?=[ \t]|[A-Za-z])|\(?\d{1,2}[.)](?=\s)|[A-Za-z][.)](?=\s)|\[.?\])")
@@ -76,14 +79,17 @@ def _join_block(block: list[tuple[int, str]], units: list[tuple[int, int]]) -> N
 def _wrapped(upper: str, lower: str, width: int) -> bool:
     """Whether the break between two lines is only layout. `upper` ends with a word."""
     last = upper.rsplit(None, 1)[-1]
-    if last[-1] in ".!?:;|":
+    first = lower.split(None, 1)[0]
+    # A writer's or printer's wrap: the next word would not have fitted.
+    full = 40 <= width <= 140 and len(upper) + 1 + len(first) >= width - 1
+    if last[-1] in ".!?;|":
         return False
-    if last[-1] not in ",-/(&+" and last.lower() not in _JOINERS:
-        # A writer's or printer's wrap: the next word would not have fitted.
-        first = lower.split(None, 1)[0]
-        full = 40 <= width <= 140 and len(upper) + 1 + len(first) >= width - 1
-        if not full and (len(upper) < 25 or not (first[0].islower() or first[0] in ",;)")):
-            return False
+    if last[-1] == ":":
+        return full and _REPLY.match(lower) is not None
+    joins = last[-1] in ",-/(&+" or last.lower() in _JOINERS
+    goes_on = len(upper) >= 25 and (first[0].islower() or first[0] in ",;)")
+    if not (joins or full or goes_on):
+        return False
     if _BULLET.match(lower) or _HEADER.match(lower) or "\t" in lower.strip() or "|" in lower:
         return False
     return not (_SPEAKER.match(lower) or is_header(lower) or is_header(upper))
