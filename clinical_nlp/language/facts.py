@@ -378,8 +378,8 @@ def _is_entry(text: str, section: Section) -> bool:
 
 
 _OVER = re.compile(
-    r"resol|subsid|no longer|gone|went away|clear|disappear|abated|settled|is over|passed|stopped|ceased|remitted"
-    r"|vanished|dissipated|recur|relief|is behind",
+    r"resol|subsid|no\s+longer|gone|went\s+away|clear|disappear|abated|settled|is\s+over|passed|stopped|ceased|remitted"
+    r"|vanished|dissipated|recur|relief|is\s+behind",
     re.IGNORECASE,
 )
 
