@@ -178,7 +178,7 @@ def _may_be_header(line: str) -> bool:
         or (lower[-1] == "s" and lower[:-1] in known)
         or word.isupper()  # in capitals, or the number of a header (`IV.`)
         or line[first.end() : first.end() + 1] in "'’"
-        or line.rstrip(" \t")[-1] in ":*_"
+        or line.rstrip()[-1] in ":*_"
         or "#" in line
         or "**" in line
     )

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clinical_nlp.language import sections
 from clinical_nlp.language.sections import CATEGORIES, find_sections
 
 
@@ -136,3 +137,34 @@ def test_time_is_linear(unit):
     started = time.process_time()
     find_sections(unit * 20_000)
     assert time.process_time() - started < 5
+
+
+def test_a_carriage_return_hides_no_header():
+    found = find_sections("Foo Bar:\r\nText.\r\nPlan:\r\nGo.\r\n")
+    assert [(section.header_start, section.header_end) for section in found] == [(0, 7), (17, 21)]
+
+
+_NAMES = [
+    "Plan",
+    "plan",
+    "PLANS",
+    "Foo Bar",
+    "FOO BAR",
+    "Foo of Bar",
+    "Patient's History",
+    "HPI",
+    "H&P",
+    "**Foo**",
+    "É",
+]
+_NAMES += ["# Foo", "1. ", "IV. ", "A. ", "(continued)", "medications", "Medicationss", "word", "_", "’s"]
+_MARKS = ["- ", "* ", ":", ": ", " - ", ":**", "\r", "\t", "\u00a0", "  ", ",", ".", "\n", "\n\n"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(_NAMES + _MARKS), max_size=14).map("".join))
+def test_lines_that_are_passed_over_hold_no_header(text):
+    found = find_sections(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "_may_be_header", lambda line: True)
+        assert find_sections(text) == found
