@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 _WIDTH = 720.0
 _LABEL = 210.0
+_RIGHT = _WIDTH - 12
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -146,6 +147,32 @@ def interval_plot(
     return _svg(_WIDTH, bottom + 46, title, parts)
 
 
+def _axes(
+    xs: tuple[float, float], ys: tuple[float, float], bottom: float, x_label: str, y_label: str
+) -> tuple[Callable[[float, float], tuple[float, float]], list[str]]:
+    """Return where a point of a plane from (low, high) to (low, high) is drawn, and the plane's axes and grid."""
+    left, top = 64.0, 30.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (_RIGHT - left) * (x - xs[0]) / (xs[1] - xs[0]),
+            bottom - (bottom - top) * (y - ys[0]) / (ys[1] - ys[0]),
+        )
+
+    parts = []
+    for tick, words in _ticks(*ys):
+        y = place(xs[0], tick)[1]
+        parts += [_line(left, y, _RIGHT, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
+    for tick, words in _ticks(*xs, 7):
+        parts.append(_text(place(tick, ys[0])[0], bottom + 18, words, "tick", "middle"))
+    parts += [
+        _line(left, bottom, _RIGHT, bottom, "axis"),
+        _text((left + _RIGHT) / 2, bottom + 38, x_label, "tick", "middle"),
+        _text(4, 16, y_label, "tick"),
+    ]
+    return place, parts
+
+
 def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x_label: str, y_label: str) -> str:
     """Draw one line a series; values that are not finite are left out.
 
@@ -164,26 +191,9 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     spread = (max(ys) - min(ys)) or abs(max(ys)) or 1.0
     y_low, y_high = min(ys) - 0.05 * spread, max(ys) + 0.05 * spread
-    left, right, top, bottom = 64.0, _WIDTH - 12, 30.0, 262.0
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (right - left) * (x - x_low) / (x_high - x_low),
-            bottom - (bottom - top) * (y - y_low) / (y_high - y_low),
-        )
-
-    parts = []
-    for tick, words in _ticks(y_low, y_high):
-        y = place(x_low, tick)[1]
-        parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
-    for tick, words in _ticks(x_low, x_high, 7):
-        parts.append(_text(place(tick, y_low)[0], bottom + 18, words, "tick", "middle"))
-    parts += [
-        _line(left, bottom, right, bottom, "axis"),
-        _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
-    ]
-    parts.append(_text(4, 16, y_label, "tick"))
-    legend = right
+    bottom = 262.0
+    place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label)
+    legend = _RIGHT
     for index, (name, points) in reversed(list(enumerate(lines.items()))):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         if len(points) == 1:
@@ -225,25 +235,8 @@ def point_plot(
     if diagonal:
         x_low = y_low = min(x_low, y_low)
         x_high = y_high = max(x_high, y_high)
-    left, right, top, bottom = 64.0, _WIDTH - 12, 30.0, 302.0
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (right - left) * (x - x_low) / (x_high - x_low),
-            bottom - (bottom - top) * (y - y_low) / (y_high - y_low),
-        )
-
-    parts = []
-    for tick, words in _ticks(y_low, y_high):
-        y = place(x_low, tick)[1]
-        parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
-    for tick, words in _ticks(x_low, x_high, 7):
-        parts.append(_text(place(tick, y_low)[0], bottom + 18, words, "tick", "middle"))
-    parts += [
-        _line(left, bottom, right, bottom, "axis"),
-        _text((left + right) / 2, bottom + 38, x_label, "tick", "middle"),
-        _text(4, 16, y_label, "tick"),
-    ]
+    bottom = 302.0
+    place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label)
     if diagonal:
         parts.append(_line(*place(x_low, x_low), *place(x_high, x_high), "zero"))
     front = sorted((x, y) for label, x, y in shown if label in joined)
