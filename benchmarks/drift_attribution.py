@@ -38,8 +38,8 @@ from clinical_nlp.statistics.attribution import (
     text_scores,
 )
 from clinical_nlp.statistics.clinical_units import closing_lines, measure
+from clinical_nlp.statistics.max_t import max_t_test
 from clinical_nlp.statistics.permutation import PermutationPlan
-from clinical_nlp.statistics.two_sample import max_t_test
 
 KNOBS = ("covariate", "label", "concept", "spurious")
 UNIT = {"covariate": "style", "label": "prevalence", "concept": "annotation", "spurious": "association"}

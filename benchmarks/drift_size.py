@@ -25,19 +25,14 @@ from typing import Any
 import numpy as np
 
 from clinical_nlp.statistics.distances import calibration_shift_test, coral_test, frechet_test, histogram_test
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test, mlp_classifier_test
+from clinical_nlp.statistics.max_t import max_t_test, output_shift_test
+from clinical_nlp.statistics.mmd import mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan, profile_strata
 from clinical_nlp.statistics.power import power_of_classifier, power_of_difference
+from clinical_nlp.statistics.ratios import length_test, utilisation_test
 from clinical_nlp.statistics.sequential import control_alarms, permutations_for
-from clinical_nlp.statistics.two_sample import (
-    domain_classifier_test,
-    length_test,
-    max_t_test,
-    mlp_classifier_test,
-    mmd_test,
-    output_shift_test,
-    utilisation_test,
-    vocabulary_test,
-)
+from clinical_nlp.statistics.vocabulary import vocabulary_test
 
 LEVEL, DIMENSIONS, ICC, WORDS, TYPES = 0.05, 8, 0.3, 40, 3
 ALLOWED = (0.03, 0.07)

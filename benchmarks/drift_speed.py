@@ -71,8 +71,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def measured(case: dict[str, Any]) -> dict[str, Any]:
     """Run a case and its naive loop."""
+    from clinical_nlp.statistics.domain_classifier import domain_classifier_test
+    from clinical_nlp.statistics.mmd import mmd_test
     from clinical_nlp.statistics.permutation import PermutationPlan
-    from clinical_nlp.statistics.two_sample import domain_classifier_test, mmd_test
 
     load = os.getloadavg()[0]
     vectors, ids, sides = drawn(case)

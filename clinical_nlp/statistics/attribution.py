@@ -19,9 +19,9 @@ from clinical_nlp.runs import Estimate
 from clinical_nlp.statistics.clinical_units import NoteMeasures, common
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS
 from clinical_nlp.statistics.label_shift import ASSUMPTION, LabelShift, label_shift
+from clinical_nlp.statistics.max_t import MeasureShift, max_t_test, output_shift_test
 from clinical_nlp.statistics.permutation import PermutationPlan
 from clinical_nlp.statistics.text_measures import tokens_of
-from clinical_nlp.statistics.two_sample import MeasureShift, max_t_test, output_shift_test
 
 Question = Literal["style", "prevalence", "annotation", "association", "outputs", "loss"]
 Answer = Literal["changed", "changed_if", "not_found", "cannot_tell"]

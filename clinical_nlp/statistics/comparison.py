@@ -13,20 +13,15 @@ from clinical_nlp.errors import TooFewPatientsError
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.attribution import Claim, Conventions, attribute, text_scores
 from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, closing_lines, common, measure
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test
+from clinical_nlp.statistics.max_t import MeasureShift, max_t_test
+from clinical_nlp.statistics.mmd import mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
+from clinical_nlp.statistics.ratios import length_test, utilisation_test
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import token_shares, word_counts
-from clinical_nlp.statistics.two_sample import (
-    MeasureShift,
-    TestResult,
-    TokenShift,
-    domain_classifier_test,
-    length_test,
-    max_t_test,
-    mmd_test,
-    utilisation_test,
-    vocabulary_test,
-)
+from clinical_nlp.statistics.two_sample import TestResult
+from clinical_nlp.statistics.vocabulary import TokenShift, vocabulary_test
 
 CONFIRMATORY = ("domain_classifier", "mmd", "length", "vocabulary", "units")
 FEWEST_PATIENTS = 12

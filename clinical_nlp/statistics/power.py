@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from clinical_nlp.errors import UsageError
+from clinical_nlp.statistics.max_t import studentised
 from clinical_nlp.statistics.permutation import PermutationPlan
-from clinical_nlp.statistics.two_sample import TestResult, patient_means, studentised
+from clinical_nlp.statistics.two_sample import TestResult, patient_means
 
 _MOST = 10_000_000
 

@@ -22,10 +22,11 @@ from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.clinical_units import ClinicalUnit, common, measure, units_of
 from clinical_nlp.statistics.comparison import FEWEST_PATIENTS, LEVEL, SMALLEST_CELL, Comparison, UnitShift
 from clinical_nlp.statistics.intervals import FEWEST_PATIENTS as FEWEST_FOR_INTERVALS
+from clinical_nlp.statistics.max_t import MeasureShift
 from clinical_nlp.statistics.random_features import RandomFeatures
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import projected_words
-from clinical_nlp.statistics.two_sample import MeasureShift, TestResult
+from clinical_nlp.statistics.two_sample import TestResult
 
 FORMAT, VERSION = "clinical_nlp profile", 1
 DIMENSIONS, WIDTH, N_FEATURES, SEED = 96, 1.0, 256, 0

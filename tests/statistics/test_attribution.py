@@ -18,8 +18,8 @@ from clinical_nlp.statistics.attribution import (
 )
 from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures
 from clinical_nlp.statistics.label_shift import ASSUMPTION
+from clinical_nlp.statistics.max_t import max_t_test
 from clinical_nlp.statistics.permutation import PermutationPlan
-from clinical_nlp.statistics.two_sample import max_t_test
 
 UNITS = tuple(ClinicalUnit(f"u{i}", f"Unit {i}", "%", "style") for i in range(6))
 

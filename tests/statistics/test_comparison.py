@@ -7,10 +7,10 @@ import pytest
 
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.comparison import CONFIRMATORY, compare, decide, permutations_needed
+from clinical_nlp.statistics.mmd import mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import NoteSampler
 from clinical_nlp.statistics.text_measures import hashed_features
-from clinical_nlp.statistics.two_sample import mmd_test
 
 WORDS = ["fever", "cough", "pain", "denies", "stable", "plan", "today", "follow", "up", "noted"]
 

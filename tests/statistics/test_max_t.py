@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from clinical_nlp.errors import TooFewPatientsError, UsageError
+from clinical_nlp.statistics.max_t import max_t_test, output_shift_test
 from clinical_nlp.statistics.permutation import PermutationPlan
-from clinical_nlp.statistics.two_sample import length_test, max_t_test, output_shift_test
+from clinical_nlp.statistics.ratios import length_test
 
 
 def quantities(seed, *, patients=(25, 25), k=6, shift=(), most_notes=6, missing=0.0):

@@ -11,11 +11,13 @@ from scipy.stats import ttest_ind, ttest_rel
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 
-from clinical_nlp.statistics import random_features, two_sample
+from clinical_nlp.statistics import domain_classifier, random_features
 from clinical_nlp.statistics.distances import coral_test, histogram_test
+from clinical_nlp.statistics.max_t import max_t_test
+from clinical_nlp.statistics.mmd import median_distance, mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan
 from clinical_nlp.statistics.random_features import RandomFeatures
-from clinical_nlp.statistics.two_sample import length_test, max_t_test, median_distance, mmd_test
+from clinical_nlp.statistics.ratios import length_test
 
 WORLDS = st.tuples(st.integers(0, 10_000), st.integers(2, 9), st.integers(2, 9), st.integers(1, 4), st.booleans())
 
@@ -137,7 +139,7 @@ def test_the_weighted_rank_sum_is_the_area_of_scikit_learn(seed, n, levels):
     labels = np.zeros((n, 1))
     labels[: max(1, n // 3)] = 1
     weight = generator.uniform(0.1, 2, n)
-    won, _ = two_sample._placements(scores, labels, weight)
+    won, _ = domain_classifier._placements(scores, labels, weight)
     possible = weight[labels[:, 0] == 1].sum() * weight[labels[:, 0] == 0].sum()
     area = roc_auc_score(labels[:, 0], scores[:, 0], sample_weight=weight)
     assert won[0] / possible == pytest.approx(area, abs=1e-9)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from clinical_nlp.errors import UsageError
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test
 from clinical_nlp.statistics.permutation import PermutationPlan
 from clinical_nlp.statistics.power import power_of_classifier, power_of_difference
+from clinical_nlp.statistics.ratios import length_test
 from clinical_nlp.statistics.sequential import control_alarms, permutations_for
-from clinical_nlp.statistics.two_sample import domain_classifier_test, length_test
 
 
 def test_looks_by_hand():

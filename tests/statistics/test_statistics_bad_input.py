@@ -7,15 +7,11 @@ import pytest
 
 from clinical_nlp.errors import ClinicalNlpError, InputError, TooFewPatientsError, UsageError
 from clinical_nlp.statistics.distances import calibration_shift_test, coral_test, frechet_test, histogram_test
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test, mlp_classifier_test
+from clinical_nlp.statistics.max_t import max_t_test, output_shift_test
+from clinical_nlp.statistics.mmd import mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan
-from clinical_nlp.statistics.two_sample import (
-    domain_classifier_test,
-    max_t_test,
-    mlp_classifier_test,
-    mmd_test,
-    output_shift_test,
-    ratio_test,
-)
+from clinical_nlp.statistics.ratios import ratio_test
 
 ON_FEATURES = {
     "domain_classifier": domain_classifier_test,

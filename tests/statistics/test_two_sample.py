@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 
 from clinical_nlp.errors import TooFewPatientsError, UsageError
-from clinical_nlp.statistics import two_sample
+from clinical_nlp.statistics import mmd
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test, mlp_classifier_test
+from clinical_nlp.statistics.max_t import max_t_test
+from clinical_nlp.statistics.mmd import median_distance, mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan, profile_strata
 from clinical_nlp.statistics.random_features import RandomFeatures, patient_feature_means
+from clinical_nlp.statistics.ratios import length_test, utilisation_test
 from clinical_nlp.statistics.text_measures import token_shares
-from clinical_nlp.statistics.two_sample import (
-    domain_classifier_test,
-    length_test,
-    max_t_test,
-    median_distance,
-    mlp_classifier_test,
-    mmd_test,
-    utilisation_test,
-    vocabulary_test,
-)
+from clinical_nlp.statistics.vocabulary import vocabulary_test
 
 
 def clustered(seed, *, patients=(30, 30), notes=((5, 10), (5, 10)), dimensions=8, shift=0.0):
@@ -92,7 +87,7 @@ def naive_mmd2(features, plan, labels):
 
 
 def test_mmd_equals_a_naive_loop_for_every_relabelling(monkeypatch):
-    monkeypatch.setattr(two_sample, "_CELLS_AT_ONCE", 200)
+    monkeypatch.setattr(mmd, "_CELLS_AT_ONCE", 200)
     ids, institutions, features, _ = clustered(2, patients=(6, 8), notes=((1, 4), (1, 4)), dimensions=3)
     shuffled = np.random.default_rng(0).permutation(len(ids))
     plan = PermutationPlan([ids[i] for i in shuffled], [institutions[i] for i in shuffled], n_permutations=5)
@@ -341,7 +336,7 @@ def test_single_precision_of_many_patients_changes_nothing_that_matters(monkeypa
     ids, institutions, features, _ = clustered(5, patients=(60, 60))
     plan = PermutationPlan(ids, institutions, n_permutations=99)
     double = mmd_test(features, plan)
-    monkeypatch.setattr(two_sample, "_SINGLE_PRECISION_FROM", 0)
+    monkeypatch.setattr(mmd, "_SINGLE_PRECISION_FROM", 0)
     single = mmd_test(features, plan)
     assert single.statistic == pytest.approx(double.statistic, abs=1e-3 * double.null_sd)
     assert single.p_value == double.p_value
@@ -433,7 +428,7 @@ def test_the_network_is_repeatable_leaves_the_random_state_alone_and_says_when_t
 def test_the_interval_of_mmd_covers_zero_under_no_difference_and_the_truth_under_one(monkeypatch):
     """The kernel's width is fixed, so that the population value of two shifted Gaussians is known."""
     width, shift = 4.0, 1.0
-    monkeypatch.setattr(two_sample, "median_distance", lambda *_, **__: width)
+    monkeypatch.setattr(mmd, "median_distance", lambda *_, **__: width)
     squares = [(s * width) ** 2 for s in (0.5, 1, 2)]
     truth = np.mean([2 * (s2 / (s2 + 2)) ** 4 * (1 - math.exp(-(shift**2) / (2 * (s2 + 2)))) for s2 in squares])
     covered = {0.0: 0, shift: 0}
