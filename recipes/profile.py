@@ -15,9 +15,9 @@ from clinical_nlp import __version__
 from clinical_nlp.config import validate
 from clinical_nlp.errors import TooFewPatientsError, UsageError
 from clinical_nlp.progress import say
-from clinical_nlp.recipes.drift import ExportConfig, read_sample
 from clinical_nlp.runs import write_atomic
 from clinical_nlp.statistics.comparison import SMALLEST_CELL
+from clinical_nlp.statistics.exports import ExportConfig, read_sample
 from clinical_nlp.statistics.profile import Profile, make_profile, profile_text
 
 

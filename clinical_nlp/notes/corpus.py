@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,7 +76,18 @@ def load_corpus(name: str, path: str | os.PathLike[str] | None = None, **options
     UsageError : the corpus is not known, or an option is not one of its own.
     MissingDataError : the data are not there; the message says where they can be had.
     """
-    return corpus_module(name).load(None if path is None else Path(path), **options)
+    load = corpus_module(name).load
+    taken = inspect.signature(load).parameters
+    known = [key for key, parameter in taken.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for key in options:
+        if key not in known and not others:
+            what = nearest(key, known) if known else "; it has none"
+            raise UsageError(f"corpus {name!r} has no option {key!r}{what}")
+    for key in known:
+        if key not in options and taken[key].default is inspect.Parameter.empty:
+            raise UsageError(f"corpus {name!r} needs the option {key!r} (corpus.options.{key})")
+    return load(None if path is None else Path(path), **options)  # type: ignore[no-any-return]
 
 
 def corpus_module(name: str) -> Any:

@@ -9,8 +9,9 @@ import pytest
 from clinical_nlp.config import load_config
 from clinical_nlp.errors import ClinicalNlpError, ConfigError, InputError, MissingDataError, UsageError
 from clinical_nlp.models.resolve import ResolvedModel
-from clinical_nlp.recipes.drift import CONFIG, DriftConfig, detect_format, drift, report, run
+from clinical_nlp.recipes.drift import CONFIG, DriftConfig, drift, report, run
 from clinical_nlp.runs import Run
+from clinical_nlp.statistics.exports import detect_format
 
 MARKER = "Zyxwvut"
 SENTENCES = ["no acute distress", "denies chest pain", "lungs are clear", "follow up in two weeks", "stable overnight"]
@@ -172,6 +173,11 @@ def test_wrong_use_is_one_clear_error(tmp_path):
         drift([source, other], output=tmp_path / "y", reference="z")
     with pytest.raises(MissingDataError, match="no such file"):
         drift([tmp_path / "absent"], output=tmp_path / "z")
+    corpus = {"name": "synthetic_hospitals", "options": {"pateints": 20}}
+    with pytest.raises(UsageError, match="no option 'pateints'; did you mean 'patients'"):
+        run(DriftConfig(corpus=corpus), tmp_path / "options")
+    with pytest.raises(UsageError, match=r"'ehr_export' needs the option 'format' \(corpus.options.format\)"):
+        run(DriftConfig(corpus={"name": "ehr_export"}), tmp_path / "needed")
     with pytest.raises(ClinicalNlpError, match="no_such_model"):
         drift([source, other], output=tmp_path / "m", model="no_such_model")
     (tmp_path / "empty").mkdir()
