@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -40,16 +40,29 @@ def packet_id(scope: str, patient_id: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A patient and the mentions of concepts in their notes, in the order in which evidence is listed.
+class Person:
+    """A patient, when the last note was written, and how many mentions of concepts their notes have.
 
-    `person` has scope, patient_id, sex, birth_date, death_date and latest (when the last note was written);
-    `with_packet` is False where the phenopacket is there already.
+    `scope` is the institution whose patient it is, empty where ids are the same everywhere; `with_packet` is False
+    where the phenopacket is there already.
     """
 
-    person: Mapping[str, Any]
-    mentions: Sequence[Mapping[str, Any]]
+    scope: str
+    patient: Patient
+    latest: datetime | None
+    n_mentions: int
     with_packet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Some patients and the mentions of concepts in their notes, patient by patient.
+
+    `mentions` is an Arrow stream of rows, those of a patient in the order in which evidence is listed.
+    """
+
+    people: Sequence[Person]
+    mentions: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +95,16 @@ class Gatherer:
         self._abnormalities = terminology.descendants(ROOT) if ROOT in terminology else None
         self.writes_packets = terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in terminology.roots)
 
-    def gather(self, patients: Sequence[Found]) -> Gathered:
+    def gather(self, found: Found) -> Gathered:
         """Do some patients."""
+        mentions = iter(pa.ipc.open_stream(found.mentions).read_all().to_pylist())
         rows: list[dict[str, Any]] = []
         lines: dict[str, list[str]] = {name: [] for name in RESOURCES}
         packets = []
-        for found in patients:
-            patient_id, scope = found.person["patient_id"], found.person["scope"]
-            own = patient_rows(patient_id, found.mentions, self._terminology, propagate=self._config.propagate)
+        for person in found.people:
+            patient_id, scope = person.patient.patient_id, person.scope
+            their = islice(mentions, person.n_mentions)
+            own = patient_rows(patient_id, their, self._terminology, propagate=self._config.propagate)
             rows += own
             stated = [row for row in own if row["state"] in ("present", "excluded") and not row["propagated_from"]]
             features = [
@@ -100,22 +115,22 @@ class Gatherer:
             for feature in features:
                 for resource in self._fhir.resources(patient_id, scope, feature):
                     lines[resource["resourceType"]].append(to_line(resource))
-            if found.with_packet and self.writes_packets:
-                packets.append((packet_id(scope, patient_id), self._packet(found.person, features)))
+            if person.with_packet and self.writes_packets:
+                packets.append((packet_id(scope, patient_id), self._packet(person, features)))
         return Gathered(
             pa.Table.from_pylist(rows, schema=PATIENTS_SCHEMA),
             {name: "".join(own) for name, own in lines.items()},
             tuple(packets),
         )
 
-    def _packet(self, person: Mapping[str, Any], features: Sequence[Feature]) -> bytes:
-        created: datetime | None = person["latest"]
+    def _packet(self, person: Person, features: Sequence[Feature]) -> bytes:
+        created = person.latest
         if self._config.processed_on is not None:
             created = datetime.combine(self._config.processed_on, time(), UTC)
         return to_json(
             phenopacket(
-                packet_id(person["scope"], person["patient_id"]),
-                Patient(person["patient_id"], person["sex"], person["birth_date"], person["death_date"]),
+                packet_id(person.scope, person.patient.patient_id),
+                person.patient,
                 features,
                 hpo_version=self._terminology.version,
                 created=created,

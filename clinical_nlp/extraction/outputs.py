@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,15 @@ import pyarrow.parquet as pq
 
 from clinical_nlp.extraction import STAGE
 from clinical_nlp.extraction.engines.local import gather
-from clinical_nlp.extraction.gathering import RESOURCES, Found, Gathered, Gatherer, packet_id, patients_are_shared
+from clinical_nlp.extraction.gathering import (
+    RESOURCES,
+    Found,
+    Gathered,
+    Gatherer,
+    Person,
+    packet_id,
+    patients_are_shared,
+)
 from clinical_nlp.extraction.patients import PATIENTS_SCHEMA
 from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
 from clinical_nlp.extraction.shards import clear_write_errors, verifies
@@ -55,7 +62,7 @@ _MEMORY = "512MB"
 _PATIENT_ROWS = 20_000
 _AT_ONCE = 200
 """Patients that are gathered at a time, in this process or in a worker."""
-_FOR_WORKERS = 100_000
+_FOR_WORKERS = 50_000
 """Mentions from which it is worth while to start workers for the patients: each loads the terminology first."""
 _DONE = "ledger/outputs.json"
 
@@ -131,6 +138,27 @@ def _rows(connection: Any, query: str, size: int = 10_000) -> Iterator[dict[str,
     """Stream the rows of a query."""
     for batch in connection.cursor().sql(query).to_arrow_reader(size):
         yield from batch.to_pylist()
+
+
+class _Stream:
+    """The rows of a query, taken some at a time as they come, never as Python objects."""
+
+    def __init__(self, connection: Any, query: str, size: int = 10_000) -> None:
+        self._reader = connection.cursor().sql(query).to_arrow_reader(size)
+        self._rest = self._reader.schema.empty_table()
+
+    def take(self, count: int) -> bytes:
+        """Return the next `count` rows as an Arrow stream (a slice that is pickled takes the whole table along)."""
+        parts = [self._rest]
+        while sum(map(len, parts)) < count:
+            parts.append(pa.Table.from_batches([self._reader.read_next_batch()]))
+        rows = pa.concat_tables(parts)
+        self._rest = rows.slice(count)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as stream:
+            stream.write_table(rows.slice(0, count))
+        taken: bytes = sink.getvalue().to_pybytes()
+        return taken
 
 
 def files_of(folder: Path) -> str:
@@ -250,6 +278,8 @@ class _Patients:
         self._load_demographics(connection)
         person = person_of(self._config)
         scoped = not patients_are_shared(self._config)
+        scope_and_id = person.replace("institution", "scope")
+        mentions = files_of(self._output / "mentions")
         # Demographics name no institution: where an id may be two people, they are used only if it is not.
         # The digest is of all that a patient's results depend on, so that equal digests mean equal results.
         people = _rows(
@@ -262,24 +292,23 @@ class _Patients:
                   SELECT patient_id FROM person GROUP BY patient_id HAVING count(*) = 1),
                 known AS (
                   SELECT patient_id, min(sex) AS sex, min(birth_date) AS birth_date, min(death_date) AS death_date
-                  FROM demographics SEMI JOIN sure USING (patient_id) GROUP BY patient_id)
-                SELECT scope, patient_id, latest, sex, birth_date, death_date,
+                  FROM demographics SEMI JOIN sure USING (patient_id) GROUP BY patient_id),
+                found AS (
+                  SELECT min(institution) AS scope, patient_id, count(*) AS n_mentions
+                  FROM read_parquet('{mentions}') WHERE concept_id IS NOT NULL GROUP BY {person})
+                SELECT scope, patient_id, latest, sex, birth_date, death_date, coalesce(n_mentions, 0) AS n_mentions,
                        md5(notes || concat_ws('/', coalesce(sex, '-'), coalesce(birth_date::VARCHAR, '-'),
                                               coalesce(death_date::VARCHAR, '-'))) AS digest
-                FROM person LEFT JOIN known USING (patient_id)
-                ORDER BY {person.replace("institution", "scope")}""",
+                FROM person LEFT JOIN known USING (patient_id) LEFT JOIN found USING ({scope_and_id})
+                ORDER BY {scope_and_id}""",
         )
-        mentions = _rows(
+        found = _Stream(
             connection,
-            f"""SELECT institution, patient_id, note_id, written_at, "start", "end", concept_id, concept_label,
+            f"""SELECT institution, note_id, written_at, "start", "end", concept_id, concept_label,
                        presence, temporality, modality, experiencer, copied_from
-                FROM read_parquet('{files_of(self._output / "mentions")}') WHERE concept_id IS NOT NULL
+                FROM read_parquet('{mentions}') WHERE concept_id IS NOT NULL
                 ORDER BY {person}, written_at NULLS LAST, institution, note_id, "start", "end", concept_id""",
         )
-
-        def key(row: Mapping[str, Any]) -> tuple[str, str]:
-            return (row["institution"] if scoped else "", row["patient_id"])
-
         if self._gatherer.writes_packets:
             (self._output / "phenopackets").mkdir(exist_ok=True)
         with ExitStack() as stack:
@@ -290,7 +319,7 @@ class _Patients:
             register = stack.enter_context(
                 pq.ParquetWriter(self._scratch / "people.parquet", _PEOPLE_SCHEMA, compression="zstd")
             )
-            batches = self._batches(people, groupby(mentions, key), scoped, register)
+            batches = self._batches(people, found, scoped, register)
             for gathered in gather(batches, self._gatherer, self._config, workers=self._workers):
                 for name, file in lines.items():
                     file.write(gathered.lines[name])
@@ -345,36 +374,27 @@ class _Patients:
             connection.unregister("block")
 
     def _batches(
-        self,
-        people: Iterator[dict[str, Any]],
-        groups: Iterator[tuple[tuple[str, str], Iterator[dict[str, Any]]]],
-        scoped: bool,
-        register: pq.ParquetWriter,
-    ) -> Iterator[list[Found]]:
-        """Join people with their mentions, both in the same order, and note them in the register."""
+        self, people: Iterator[dict[str, Any]], found: _Stream, scoped: bool, register: pq.ParquetWriter
+    ) -> Iterator[Found]:
+        """Take people and their mentions, both in the same order, some at a time; the people go in the register."""
         unchanged = self._unchanged()
-        group = next(groups, None)
-        batch: list[Found] = []
         held: list[dict[str, Any]] = []
+        batch: list[Person] = []
         for row in people:
-            row["scope"] = row["scope"] if scoped else ""
-            wanted = (row["scope"], row["patient_id"])
-            mentions: list[dict[str, Any]] = []
-            if group is not None and group[0] == wanted:
-                mentions = list(group[1])
-                group = next(groups, None)
-            held.append({name: row[name] for name in _PEOPLE_SCHEMA.names})
-            linked = unchanged(*wanted, row["digest"]) and self._link(packet_id(*wanted))
-            batch.append(Found(row, mentions, with_packet=not linked))
+            scope, patient_id, digest = row["scope"] if scoped else "", row["patient_id"], row["digest"]
+            linked = unchanged(scope, patient_id, digest) and self._link(packet_id(scope, patient_id))
+            patient = Patient(patient_id, row["sex"], row["birth_date"], row["death_date"])
+            batch.append(Person(scope, patient, row["latest"], row["n_mentions"], with_packet=not linked))
+            held.append({"scope": scope, "patient_id": patient_id, "digest": digest})
             self.counts["patients"] += 1
             if len(batch) == _AT_ONCE:
-                yield batch
+                yield Found(batch, found.take(sum(person.n_mentions for person in batch)))
                 batch = []
             if len(held) == _PATIENT_ROWS:
                 register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
                 held = []
         register.write_table(pa.Table.from_pylist(held, schema=_PEOPLE_SCHEMA))
-        yield batch
+        yield Found(batch, found.take(sum(person.n_mentions for person in batch)))
 
     def _link(self, name: str) -> bool:
         """Take a phenopacket of the earlier output over as the same file, and say whether that could be done."""

@@ -192,7 +192,7 @@ def _start(*arguments: str) -> _Worker:
 
 
 def gather(
-    batches: Iterable[list[Found]], gatherer: Gatherer, config: ExtractionConfig, *, workers: int
+    batches: Iterable[Found], gatherer: Gatherer, config: ExtractionConfig, *, workers: int
 ) -> Iterator[Gathered]:
     """Gather patients, batch by batch, and yield what comes of them in order.
 
