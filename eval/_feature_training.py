@@ -212,8 +212,20 @@ def self_train(notes: Notes, target: Notes, config: FeatureConfig, *, share: flo
 
     Quantiles by label keep the rarer one: with one threshold for both the commoner label takes all the places.
     """
-    first = train_classifier(notes, config, seed=2 * seed + 1_000).score(target)
-    second = train_classifier(notes, config, seed=2 * seed + 1_001).score(target)
+    scores = [train_classifier(notes, config, seed=2 * seed + 1_000 + place).score(target) for place in (0, 1)]
+    label = agreed_labels(*scores, share=share)
+    kept = np.flatnonzero(label != Unlabelled)
+    taught = Notes(target.vectors, target.institution, target.patient, label).at(kept)
+    return train_classifier(notes.and_also(taught), config, seed=seed)
+
+
+def agreed_labels(first: np.ndarray, second: np.ndarray, *, share: float = 0.5) -> np.ndarray:
+    """Label the notes on which two models agree, the surest share of each label; the others are `Unlabelled`.
+
+    Parameters
+    ----------
+    first, second : (n,) log-odds of the two models.
+    """
     label = (first + second > 0).astype(np.int64)
     sure = np.minimum(np.abs(first), np.abs(second)) * ((first > 0) == (second > 0))
     kept = np.zeros(len(label), dtype=bool)
@@ -221,8 +233,7 @@ def self_train(notes: Notes, target: Notes, config: FeatureConfig, *, share: flo
         here = (label == kind) & (sure > 0)
         if here.any():
             kept |= here & (sure >= np.quantile(sure[here], 1 - share))
-    taught = Notes(target.vectors, target.institution, target.patient, label).at(np.flatnonzero(kept))
-    return train_classifier(notes.and_also(taught), config, seed=seed)
+    return np.where(kept, label, Unlabelled)
 
 
 def align_discriminatively(notes: Notes, target: Notes, config: FeatureConfig, *, seed: int = 0) -> Classifier:

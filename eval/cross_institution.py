@@ -1,7 +1,8 @@
 """Does a model hold at the next hospital, and does any invariance objective help? With every control beside it.
 
 Notes are classified by whether their encounter has a code. Models stand on frozen features, so that the dozens of
-trainings that a claim needs (seeds, penalty weights, left-out institutions) take minutes.
+trainings that a claim needs (seeds, penalty weights, left-out institutions) take minutes. With `fine_tuning.base_model`
+a base model is fine-tuned by every method too, on the same patients, with the same tests: hours instead of minutes.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from pydantic import Field
 
 from clinical_nlp.config import Config, CorpusConfig
 from clinical_nlp.corpora.synthetic_hospitals import MARKERS
-from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
+from clinical_nlp.errors import ClinicalNlpError, ConfigError, InputError, RunError, TooFewPatientsError
 from clinical_nlp.eval._discrimination import FEWEST_SEEDS, Panel, methods_differ
 from clinical_nlp.eval._feature_training import (
     Classifier,
     FeatureConfig,
     Notes,
     TermFeatures,
+    agreed_labels,
     align_discriminatively,
     minimise_discrepancy,
     self_train,
     train_classifier,
 )
+from clinical_nlp.eval._fine_tuning import Asked, FineTuner, FineTuningConfig, Texts
 from clinical_nlp.invariance.objectives import NEEDS, ObjectiveConfig
 from clinical_nlp.models.embeddings import embed_notes
 from clinical_nlp.notes.corpus import Corpus, load_corpus
@@ -39,7 +42,6 @@ from clinical_nlp.progress import progress, say
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.permutation import holm
 
-Asked = Literal["dann", "cdan", "mmd", "coral", "irm", "vrex", "group_dro"]
 VERSION = 1
 LEVEL = 0.05
 
@@ -85,6 +87,8 @@ class CrossInstitutionConfig(Config):
     """Share of each institution's patients that are only scored on."""
     n_seeds: int = Field(default=FEWEST_SEEDS, ge=1)
     """Trainings of each method; fewer than six support no claim about methods."""
+    fine_tuning: FineTuningConfig = FineTuningConfig()
+    """The same table with a base model fine-tuned, once `fine_tuning.base_model` names one."""
     temporal_share: float = Field(default=0.6, gt=0, lt=1)
     """Temporal: share of the patients, by their first note, that are early."""
     n_resamples: int = Field(default=1000, ge=200)
@@ -114,8 +118,11 @@ def run(config: CrossInstitutionConfig, output: Path, *, resume: bool = False) -
             )
         book = Book()
         targets = config.targets or list(bench.names)
+        tuner = None
+        if config.fine_tuning.base_model is not None:
+            tuner = FineTuner(config.fine_tuning, run.path / "fine_tuned", resume=resume)
         matrix(bench, book)
-        tables = [held_out(bench, book, target) for target in targets]
+        tables = [held_out(bench, book, target, tuner) for target in targets]
         temporal(bench, book)
         run.record(book.estimates)
         results = {
@@ -134,6 +141,7 @@ def run(config: CrossInstitutionConfig, output: Path, *, resume: bool = False) -
                 "level": LEVEL,
                 "control": "erm against erm with other seeds",
                 "multiplicity": "Holm over the rows of each held-out institution",
+                "fine_tuning": None if tuner is None else tuner.protocol,
             },
             "numbers": book.numbers,
             "missing": book.missing,
@@ -141,6 +149,8 @@ def run(config: CrossInstitutionConfig, output: Path, *, resume: bool = False) -
         }
         write_json(run.path / "results.json", results)
         run.note(inputs={"corpus": corpus.card.name, "n_notes": corpus.notes.num_rows}, trainings=bench.n_trainings)
+        if tuner is not None:
+            run.note(fine_tunings=tuner.n_trainings)
     write_atomic(run.path / "report.html", report(run))
     return run
 
@@ -300,6 +310,12 @@ class Bench:
         self.n_trainings += 1
         return train_classifier(notes, self.config.features, seed=seed, **options).score(test)
 
+    def texts(self, rows: np.ndarray, *, masked: bool = False) -> Texts:
+        """Return some notes as they are read by a base model."""
+        data, texts = self.data, (self._masked if masked else self.data.texts)
+        given = [texts[row] for row in rows.tolist()]
+        return Texts(given, data.institution[rows], data.patient[rows], data.label[rows])
+
     def some_patients(self, rows: np.ndarray, size: int, seed: int) -> np.ndarray:
         """Return the rows of `size` random patients of some rows."""
         people = np.unique(self.data.patient[rows])
@@ -387,8 +403,11 @@ class Method:
     contrast: bool = True
 
 
-def held_out(bench: Bench, book: Book, target: str) -> dict[str, Any]:
-    """Compare every method at one held-out institution; returns its table for the page."""
+def held_out(bench: Bench, book: Book, target: str, tuner: FineTuner | None = None) -> dict[str, Any]:
+    """Compare every method at one held-out institution; returns its table for the page.
+
+    With a tuner the methods are compared a second time, fine-tuned, on the same test patients.
+    """
     data = bench.data
     sources = [name for name in bench.names if name != target]
     train, adapt = bench.rows(sources, scored=False), bench.rows([target], scored=False)
@@ -411,14 +430,26 @@ def held_out(bench: Bench, book: Book, target: str) -> dict[str, Any]:
         "chosen": choices.objective,
         "weights": choices.weights,
         "rows": rows,
+        "fine_tuned": None if tuner is None else fine_tuned(bench, book, tuner, choices, target),
     }
 
 
-def score_methods(bench: Bench, book: Book, methods: Sequence[Method], target: str) -> dict[str, list[np.ndarray]]:
-    """Train every method with every seed; name -> scores of the test notes, one array a seed."""
-    n_seeds = bench.config.n_seeds
+def score_methods(
+    bench: Bench,
+    book: Book,
+    methods: Sequence[Method],
+    target: str,
+    *,
+    prefix: str = "",
+    n_seeds: int | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """Train every method with every seed; name -> scores of the test notes, one array a seed.
+
+    A method that cannot be trained is left out, with the reason in the book.
+    """
+    prefix, n_seeds = prefix or f"held_out.{target}", n_seeds or bench.config.n_seeds
     scores: dict[str, list[np.ndarray]] = {}
-    with progress(f"held out: {target}", len(methods) * n_seeds, unit="trainings") as bar:
+    with progress(prefix, len(methods) * n_seeds, unit="trainings") as bar:
         for method in methods:
             try:
                 found = []
@@ -426,8 +457,12 @@ def score_methods(bench: Bench, book: Book, methods: Sequence[Method], target: s
                     found.append(method.train(_seed(bench.config, f"{target} {method.name}", seed)))
                     bar.advance(1)
                 scores[method.name] = found
-            except TooFewPatientsError as error:
-                book.missing[f"held_out.{target}.{method.name}"] = str(error)
+            except RunError:  # it was stopped, or a folder is not ours
+                raise
+            except ClinicalNlpError as error:
+                if method.name == "erm":  # nothing can be compared without it
+                    raise
+                book.missing[f"{prefix}.{method.name}"] = str(error)
     return scores
 
 
@@ -568,6 +603,7 @@ def compare_methods(
     *,
     prefix: str,
     split: str,
+    n_seeds: int | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Enter scores, contrasts with erm and recoveries.
 
@@ -589,7 +625,7 @@ def compare_methods(
     rows = []
     for method in there:
         name = method.name
-        protocol = f"{method.tier}; mean over {config.n_seeds} seeds, patients and seeds resampled"
+        protocol = f"{method.tier}; mean over {n_seeds or config.n_seeds} seeds, patients and seeds resampled"
         common = {"split": split, "selection": method.selection}
         book.add(f"{prefix}.{name}", panel.estimate(values[name], part="test"), protocol, **common)
         row: dict[str, Any] = {"name": name, "tier": method.tier, "selection": method.selection}
@@ -633,6 +669,91 @@ def _recovery(panel: Panel, values: Mapping[str, np.ndarray], name: str, drop: E
     return panel.estimate(share, part="test")
 
 
+# The same with a base model fine-tuned --------------------------------------------------------------------------------
+
+
+def fine_tuned(bench: Bench, book: Book, tuner: FineTuner, choices: Choices, target: str) -> dict[str, Any]:
+    """Compare every method that fine-tuning has, on the same test patients; returns its table for the page."""
+    prefix, n_seeds = f"fine_tuned.{target}", tuner.config.n_seeds
+    sources = [name for name in bench.names if name != target]
+    tested, home = bench.rows([target], scored=True), bench.rows(sources, scored=True)
+    at_home: list[np.ndarray] = []
+    methods = list_fine_tunings(bench, book, tuner, choices, target, at_home)
+    say(f"{prefix}: {len(methods)} methods of {n_seeds} trainings each, {tuner.config.base_model}")
+    scores = score_methods(bench, book, methods, target, prefix=prefix, n_seeds=n_seeds)
+    panel, own = bench.panel(tested), bench.panel(home)
+    split = f"fine-tuned on {', '.join(sources)}; scored on test patients of {target}"
+    rows, values = compare_methods(bench, book, methods, scores, panel, prefix=prefix, split=split, n_seeds=n_seeds)
+    _enter_drops(
+        book, panel, own, values, own.over_seeds(own.aucs(at_home), salt=999), sources, target, prefix, n_seeds
+    )
+    return {"base_model": tuner.config.base_model, "strategy": tuner.config.strategy.name, "rows": rows}
+
+
+def list_fine_tunings(
+    bench: Bench, book: Book, tuner: FineTuner, choices: Choices, target: str, at_home: list[np.ndarray]
+) -> list[Method]:
+    """List the rows of the fine-tuned table; erm also scores the test patients of the sources, into `at_home`."""
+    config, data = bench.config, bench.data
+    sources = [name for name in bench.names if name != target]
+    train, adapt = bench.rows(sources, scored=False), bench.rows([target], scored=False)
+    tested, home = bench.rows([target], scored=True), bench.rows(sources, scored=True)
+    notes, test, there = bench.texts(train), bench.texts(tested), bench.texts(adapt)
+    size = min(len(np.unique(data.patient[rows])) for rows in (train, adapt))
+    own, matched = bench.some_patients(adapt, size, 1), bench.some_patients(train, size, 2)
+
+    def tuned(name: str, given: Texts, asked: Texts = test, **options: Any) -> Callable[[int], np.ndarray]:
+        return lambda seed: tuner.scores(f"{target}.{name}", seed, given, asked, **options)
+
+    def erm(seed: int) -> np.ndarray:
+        found = tuner.scores(f"{target}.erm", seed, notes, bench.texts(np.concatenate([tested, home])))
+        at_home.append(found[len(tested) :])
+        return found[: len(tested)]
+
+    def self_trained(seed: int) -> np.ndarray:
+        # Two teachers of seeds of their own; they see the notes of the target without labels.
+        first, second = (
+            tuner.scores(f"{target}.teacher", seed + place, notes, there.without_labels()) for place in (1, 2)
+        )
+        taught = there.with_labels(agreed_labels(first, second))
+        return tuner.scores(f"{target}.self_training", seed, notes.and_also(taught), test)
+
+    nothing, unlabelled = "no target data", "unlabelled target"
+    criterion = f"weight by {bench.selection} on source patients, on frozen features"
+    masked = bench.texts(train, masked=True), bench.texts(tested, masked=True)
+    head_first = tuner.config.strategy.model_copy(update={"name": "lp_ft"})
+    rows = [
+        Method("erm", nothing, erm, contrast=False),
+        Method("erm_reseeded", "control", tuned("erm_reseeded", notes), contrast=False),
+        Method("constant", "control", lambda seed: np.zeros(len(tested)), contrast=False),
+        Method("erm_size_matched", "reference", tuned("erm_size_matched", bench.texts(matched)), contrast=False),
+        Method("in_domain", "reference", tuned("in_domain", bench.texts(own)), contrast=False),
+        Method("style_masked", "reference", tuned("style_masked", *masked)),
+        Method("lp_ft", nothing, tuned("lp_ft", notes, strategy=head_first)),
+        Method("institution_token", nothing, tuned("institution_token", notes, token=True)),
+    ]
+    asked = config.objectives if tuner.config.objectives is None else tuner.config.objectives
+    both = notes.and_also(there.without_labels())
+    for name in asked:
+        if len(sources) < 2:
+            book.missing[f"fine_tuned.{target}.{name}"] = f"{len(sources)} source institution: nothing to align"
+            continue
+        weight = choices.weights.get(name)
+        how = criterion if weight is not None else "the objective's default weight; none was chosen on source patients"
+        objective = objective_of(name, 1.0 if weight is None else weight)
+        rows.append(Method(name, nothing, tuned(name, notes, objective=objective), how))
+        if NEEDS[name].target:
+            aligned = tuned(f"{name}_target", both, objective=objective)
+            rows.append(Method(f"{name}_target", unlabelled, aligned, how))
+    rows.append(Method("self_training", unlabelled, self_trained))
+    rows.append(Method("tent", unlabelled, tuned("tent", notes, read_first=there.texts)))
+    for count in config.few_labels:
+        given = notes.and_also(bench.texts(bench.some_patients(adapt, count, 3)))
+        few = f"few_labels_{count}"
+        rows.append(Method(few, "few target labels", tuned(few, given, token=True)))
+    return rows
+
+
 def _drops(
     bench: Bench,
     book: Book,
@@ -648,7 +769,22 @@ def _drops(
     own, notes, home = bench.panel(at), bench.notes(train, fitted_on=train), bench.notes(at, fitted_on=train)
     seeds = [_seed(config, f"{target} erm", seed) for seed in range(config.n_seeds)]
     at_home = own.over_seeds(own.aucs([bench.train(notes, home, seed) for seed in seeds]), salt=999)
-    protocol, trained = f"erm, mean over {config.n_seeds} seeds", f"trained on {', '.join(sources)}"
+    _enter_drops(book, panel, own, values, at_home, sources, target, prefix, config.n_seeds)
+
+
+def _enter_drops(
+    book: Book,
+    panel: Panel,
+    own: Panel,
+    values: Mapping[str, np.ndarray],
+    at_home: np.ndarray,
+    sources: Sequence[str],
+    target: str,
+    prefix: str,
+    n_seeds: int,
+) -> None:
+    """Enter erm at the sources' own test patients (`at_home`, with its resamples), and the two drops."""
+    protocol, trained = f"erm, mean over {n_seeds} seeds", f"trained on {', '.join(sources)}"
     split = f"{trained}; scored on their own test patients"
     book.add(f"{prefix}.erm_at_sources", own.estimate(at_home, part="test of the sources"), protocol, split=split)
     drop = panel.estimate(at_home - values["erm"], part="test of both")

@@ -140,7 +140,8 @@ def attach_objective(
 
     Parameters
     ----------
-    model : from `tasks.ner.build_model` or `tasks.coding.build_model`: a backbone, a `head` on its states, `losses`.
+    model : of the task: a backbone `network`, a `head` on its states (classification: on the mean state of a note),
+        `n_classes`, and `losses`.
     config : an active objective; `check_objective` has passed it.
     examples : what is trained on, target notes included.
     batch_size : examples a forward pass of one process; every institution must have two in it.
@@ -168,7 +169,7 @@ def attach_objective(
         several_labels=task == "coding",
         seed=seed,
     )
-    read = {"ner": _read_words, "coding": _read_documents}[task]
+    read = {"ner": _read_words, "coding": _read_documents, "classification": _read_notes}[task]
     seen: list[Any] = []
 
     def watch(head: Any, given: tuple[Any, ...], found: Any) -> None:
@@ -244,6 +245,26 @@ def _read_documents(
         "label": labels,
         "patient": inputs["patient"],
         "logits": found[0],
+        "losses": losses,
+    }
+
+
+def _read_notes(
+    model: Any, config: ObjectiveConfig, given: Any, found: Any, inputs: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """Return mean states and predictions of notes that have one label each."""
+    labels = inputs["labels"]
+
+    def losses(logits: torch.Tensor) -> torch.Tensor:
+        each: torch.Tensor = model.losses(logits, labels)
+        return each
+
+    return {
+        "representation": given[0],
+        "institution": inputs["institution"],
+        "label": labels,
+        "patient": inputs["patient"],
+        "logits": found,
         "losses": losses,
     }
 

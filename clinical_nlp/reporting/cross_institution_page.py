@@ -18,6 +18,7 @@ _LABELS = {
     "lp_ft": "head first, then all (lp_ft)",
     "institution_token": "erm with an institution token",
     "self_training": "self-training",
+    "tent": "erm, norm layers moved by the notes to be read",
 }
 
 
@@ -25,7 +26,10 @@ def cross_institution_page(results: dict[str, Any]) -> str:
     """Render the results of `eval.cross_institution`; they hold no note text, and neither does the page."""
     corpus, label = results["corpus"], results["label"]
     sections = [Section("Does it hold at the next institution?", [*_verdicts(results), _not_claimed(results)])]
-    sections += [_held_out(results, table) for table in results["targets"]]
+    for table in results["targets"]:
+        sections.append(_held_out(results, table, f"held_out.{table['target']}"))
+        if tuned := table.get("fine_tuned"):
+            sections.append(_held_out(results, {**table, **tuned}, f"fine_tuned.{table['target']}"))
     sections += [_matrix(results), _temporal(results), _flow(results), _method(results)]
     return page(
         "Across institutions",
@@ -67,9 +71,14 @@ def _said(entry: dict[str, Any]) -> str:
 
 def _verdicts(results: dict[str, Any]) -> list[Notice]:
     found = []
-    for table in results["targets"]:
-        target = table["target"]
-        prefix = f"held_out.{target}"
+    tables = [(f"held_out.{table['target']}", table) for table in results["targets"]]
+    tables += [
+        (f"fine_tuned.{table['target']}", {**table, **table["fine_tuned"]})
+        for table in results["targets"]
+        if table.get("fine_tuned")
+    ]
+    for prefix, table in tables:
+        target, tuned = table["target"], prefix.startswith("fine_tuned.")
         drop, source = _entry(results, f"{prefix}.target_drop"), _entry(results, f"{prefix}.source_drop")
         shown = drop["low"] is not None and drop["low"] > 0
         claims = [row for row in table["rows"] if row.get("verdict") in ("higher", "lower")]
@@ -97,7 +106,12 @@ def _verdicts(results: dict[str, Any]) -> list[Notice]:
             )
         tone = "caution" if alarm or (shown and helped) else "bad" if shown else "plain"
         found.append(
-            Notice(" ".join(words), tone, f"{target} ({table['n_patients']} patients, {table['n_notes']} notes)")
+            Notice(
+                " ".join(words),
+                tone,
+                f"{target} ({table['n_patients']} patients, {table['n_notes']} notes"
+                + (f"; {table['base_model']} fine-tuned)" if tuned else ")"),
+            )
         )
     return found
 
@@ -119,8 +133,7 @@ def _not_claimed(results: dict[str, Any]) -> Points:
     return Points(points)
 
 
-def _held_out(results: dict[str, Any], table: dict[str, Any]) -> Section:
-    prefix = f"held_out.{table['target']}"
+def _held_out(results: dict[str, Any], table: dict[str, Any], prefix: str) -> Section:
     rows, points, undefined = [], [], []
     for row in table["rows"]:
         name = row["name"]
@@ -164,8 +177,9 @@ def _held_out(results: dict[str, Any], table: dict[str, Any]) -> Section:
         for name, reason in results["missing"].items()
         if name.startswith(prefix + ".")
     ]
+    tuned = prefix.startswith("fine_tuned.")
     return Section(
-        f"Held out: {table['target']}",
+        f"Held out: {table['target']}" + (f", {table['base_model']} fine-tuned ({table['strategy']})" if tuned else ""),
         [
             Figure(plot, "Mean over seeds, 95 % interval over patients and seeds. The line marks erm."),
             Table(
@@ -244,9 +258,21 @@ def _method(results: dict[str, Any]) -> Section:
                     "training patients of the other institutions.",
                     f"Features: {protocol['features']['encoder']}, frozen; {protocol['features']['steps']} steps of an "
                     f"adapter and a head on them; {protocol['seeds']} seeds of each method, no seed shared.",
+                    *_fine_tuning(protocol.get("fine_tuning")),
                     f"Control: {protocol['control']}. Multiplicity: {protocol['multiplicity']}, at "
                     f"{protocol['level']:g}.",
                 ]
             )
         ],
     )
+
+
+def _fine_tuning(tuning: dict[str, Any] | None) -> list[str]:
+    if tuning is None:
+        return []
+    steps = f"{tuning['epochs']:g} epochs" + (f", at most {tuning['max_steps']} steps" if tuning["max_steps"] else "")
+    return [
+        f"Fine-tuned: {tuning['base_model']}, {tuning['strategy']} (lp_ft: all weights), {steps}, {tuning['n_seeds']} "
+        f"seeds of each method; the first {tuning['max_tokens']} tokens of a note are read (at most "
+        f"{tuning['notes_cut']} notes of a training and its scoring are longer). Same patients and tests as above."
+    ]
