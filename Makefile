@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/clinical-nlp demo $(DEMO_OPTIONS)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
