@@ -50,9 +50,9 @@ class DriftConfig(ExportConfig):
 
     reference: str | None = None
     """Institution the others are compared with; default the one with most patients."""
-    strata: Literal["none", "profile"] = "none"
-    """profile: compare within like mixes of note types and numbers of notes, so that a different mix alone is not
-    called a difference (approximate; see the page)."""
+    strata: Literal["none", "profile", "profile_year"] = "none"
+    """profile: compare notes of one type only, and shuffle patients of like mixes and numbers of notes, so that a
+    different mix alone is not called a difference (approximate; see the page). profile_year: of one type and year."""
     model: str | None = None
     """Represent notes by the hidden states of this model (hub id, folder, run, builtin:tiny); default hashed TF-IDF,
     which needs no model."""
@@ -121,6 +121,8 @@ def run(config: DriftConfig, output: Path, *, resume: bool = False) -> Run:
 
 
 def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
+    if config.strata == "profile_year" and config.window != "none":
+        raise UsageError("strata=profile_year: windows of time share no year; compare them with strata=profile")
     with Run.open(output, config, recipe="drift", resume=resume, contains_phi=False) as run:
         if config.model is not None:  # before hours of reading
             from clinical_nlp.models.resolve import provenance, resolve_model
@@ -148,7 +150,7 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
                     represent=represent,
                     measures=measures,
                     gold=gold,
-                    stratify=config.strata == "profile",
+                    cells=_cells(config, sample),
                     n_permutations=n_permutations,
                     seed=config.seed,
                 )
@@ -180,7 +182,9 @@ def _analyse_profiles(config: DriftConfig, run: Run, profiled: Sequence[Path]) -
                 f"{key} needs notes, and {profiled[0]} is a profile; leave {key} out, or give exports only"
             )
     if config.strata != "none":
-        raise UsageError("strata=profile needs notes of every institution; profiles are compared with strata=none")
+        raise UsageError(
+            f"strata={config.strata} needs notes of every institution; profiles are compared with strata=none"
+        )
     profiles = [item for path in profiled for item in read_profiles(path)]
     n_profiles = len(profiles)
     exports = [source for source in config.sources if Path(source) not in profiled]
@@ -265,6 +269,17 @@ def _pairs(config: DriftConfig, sample: SampledNotes) -> tuple[str, list[tuple[s
     elif small:
         pairs.append((f"{len(small)} small institutions together", small))
     return reference, pairs
+
+
+def _cells(config: DriftConfig, sample: SampledNotes) -> list[str] | None:
+    """Say within what notes are compared: nothing, their type, or type and year."""
+    if config.strata == "none":
+        return None
+    types = [note.note_type or "(none given)" for note in sample.notes]
+    if config.strata == "profile":
+        return types
+    years = [f"{note.written_at:%Y}" if note.written_at else "no date" for note in sample.notes]
+    return [f"{kind}, {year}" for kind, year in zip(types, years, strict=True)]
 
 
 def _reference(config: DriftConfig, people: Mapping[str, int]) -> str:

@@ -16,6 +16,10 @@ _NAMES = {
     "vocabulary_kl": "Words used (directed)",
     "units": "Clinical units",
     "utilisation": "Notes a patient",
+    "mlp_classifier": "Telling notes apart, by a small neural network",
+    "coral": "Covariance of the text (CORAL)",
+    "frechet": "Mean and covariance of the text (Fréchet)",
+    "length_psi": "Population stability of words a note",
 }
 _UNITS = {
     "domain_classifier": "AUC, 0.5 is chance",
@@ -25,6 +29,10 @@ _UNITS = {
     "vocabulary_kl": "bits a token beyond shuffled patients",
     "units": "largest |t| of all units",
     "utilisation": "times as many notes a patient",
+    "mlp_classifier": "AUC, 0.5 is chance",
+    "coral": "squared distance beyond shuffled patients",
+    "frechet": "squared distance beyond shuffled patients",
+    "length_psi": "index beyond shuffled patients",
 }
 _SHOWN_INSTITUTIONS = 25
 _SHOWN_UNITS = 12
@@ -73,6 +81,9 @@ def _tests(item: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _answer(item: dict[str, Any]) -> Notice:
     pair, tests = f"{item['other']} and {item['reference']}", _tests(item)
     if item["verdict"] == "too_few":
+        if item["note"]:
+            said = f"No test can be made: {item['note']}."
+            return Notice(said, "caution", f"{pair}: nothing to compare within")
         smallest = item["smallest_p"]
         attainable = (
             f"With these patients no p-value can fall below {p_text(smallest)}. "
@@ -81,8 +92,8 @@ def _answer(item: dict[str, Any]) -> Notice:
         )
         return Notice(
             f"At least 12 patients are needed in each institution, and {item['n_patients_together']} are there in all. "
-            f"{attainable}The measurements below describe these patients; they say neither that the institutions "
-            "differ nor that they are alike.",
+            f"{attainable}{_power(item)}The measurements below describe these patients; they say neither that the "
+            "institutions differ nor that they are alike.",
             "caution",
             f"{pair}: too few patients to tell",
         )
@@ -90,12 +101,25 @@ def _answer(item: dict[str, Any]) -> Notice:
     if item["verdict"] == "not_distinguished":
         n_tests = {2: "two", 4: "four", 5: "five"}.get(len(item["adjusted_p"]), str(len(item["adjusted_p"])))
         return Notice(
-            f"{pairs}None of the {n_tests} tests finds a difference beyond chance. That is not proof that they are "
-            "alike: a difference too small for this number of patients would look the same.",
+            f"{pairs} None of the {n_tests} tests finds a difference beyond chance. That is not proof that they are "
+            f"alike: a difference too small for this number of patients would look the same. {_power(item)}".strip(),
             "plain",
             f"{pair}: no difference found",
         )
     return Notice(" ".join(_differences(item, tests)) + f" {pairs}", "bad", f"{pair}: the notes differ")
+
+
+def _power(item: dict[str, Any]) -> str:
+    """What so many patients can show, and how many would do."""
+    power = item["power"]
+    if power is None or power["found_now"] is None:
+        return ""
+    difference = f"a difference of AUC {number(power['effect'])}"
+    found = f"With these patients {difference} would be found with a chance of {100 * power['found_now']:.0f} %"
+    if power["found_now"] >= power["power"]:
+        return f"{found}. "
+    enough = f"{power['patients_needed']:,.0f}".replace(",", "\u202f")
+    return f"{found}; about {enough} in each institution would find it with {100 * power['power']:.0f} %. "
 
 
 def _pairs_told(item: dict[str, Any], auc: dict[str, Any] | None) -> str:
@@ -293,7 +317,8 @@ def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
     heading = f"{item['other']} against {item['reference']}: what was measured"
     tests = _tests(item)
     if not tests:
-        return Section(heading, [Text("No test was made: fewer than two patients stand on one side.")])
+        why = item["note"] or "fewer than two patients stand on one side"
+        return Section(heading, [Text(f"No test was made: {why}.")])
     utilisation = item["utilisation"]
     blocks: list[Any] = []
     if item["basis"] == "one_note":
@@ -329,9 +354,11 @@ def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
     columns = ["", "measured", "unit", "95 % interval", "p", "p (Holm)", "patients", "notes"]
     judged = item["verdict"] != "too_few"
     bases = [("all_notes", "all sampled notes"), ("one_note", "one random note of each patient")]
-    if item["all_notes"][0]["n_notes"] == item["all_notes"][0]["n_units"]:
+    if item["all_notes"] and item["all_notes"][0]["n_notes"] == item["all_notes"][0]["n_units"]:
         bases = bases[:1]  # every patient has one note: the repeat is the same
     for basis, words in bases:
+        if not item[basis]:
+            continue  # one note a patient may leave no cell with patients of both sides
         table = [_row(test, item["adjusted_p"] if basis == item["basis"] else {}) for test in item[basis]]
         if basis == "all_notes":
             table.append(_row(utilisation, {}))
@@ -346,6 +373,16 @@ def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
         )
     if item["verdict"] == "too_few":
         return Section(heading, blocks)
+    if item["further"]:
+        further = [_row(test, {}) for test in item["further"]]
+        blocks.append(
+            Table(
+                [*columns[:5], *columns[6:]],
+                [row[:5] + row[6:] for row in further],
+                "Second opinions: no verdict rests on them, and their p-values are not adjusted. The network was "
+                "trained on the other half of the patients.",
+            )
+        )
     if item["tokens"]:
         small = f"< {protocol['smallest_cell']} patients"
         blocks.append(
@@ -456,12 +493,14 @@ def _method(results: dict[str, Any]) -> Section:
         ]
         return Section("How", [Points(points)])
     strata = []
-    if protocol["strata"] == "profile":
+    if protocol["strata"] != "none":
+        cell = "type" if protocol["strata"] == "profile" else "type and year"
         strata = [
-            "Strata: means of each note type were taken out of representation and length, and patients were shuffled "
-            "only among patients with a like number and mix of notes. This answers whether notes differ beyond their "
-            "mix. It is approximate: in simulation, identical hospitals with different mixes were called different in "
-            "5 to 7 % of cases instead of 5 %."
+            f"Strata: notes are compared with notes of the same {cell} only, and patients are shuffled only among "
+            "patients with a like number and mix of notes. This answers whether notes differ beyond their mix. It is "
+            "approximate and gives no intervals: in simulation, identical hospitals with different mixes were called "
+            "different by the classifier, by the text as a whole and by clinical units in 5 to 6 % of cases instead "
+            "of 5 %."
         ]
     return Section(
         "How",
@@ -483,6 +522,8 @@ def _method(results: dict[str, Any]) -> Section:
                     "Words used: Jensen-Shannon divergence of the average note's tokens; directed: Kullback-Leibler of "
                     "the other institution from the reference. Both as excess over shuffled patients.",
                     f"p-values: {protocol['p_values']}. A difference is claimed at 0.05 after Holm.",
+                    "Chance of finding a difference: normal form from the spread over shuffled patients, at 0.05 "
+                    "divided by the number of tests; a classifier trained on more patients would need fewer.",
                     "If the number of notes a patient differs (p at most 0.05), the verdict rests on one random note a "
                     "patient, where the tests are exact.",
                 ]

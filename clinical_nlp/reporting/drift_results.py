@@ -12,6 +12,7 @@ import numpy as np
 from clinical_nlp.runs import Estimate
 from clinical_nlp.statistics.attribution import FEWEST_INSTITUTIONS, Claim, advise, new_institution
 from clinical_nlp.statistics.comparison import SMALLEST_CELL, Comparison, UnitShift
+from clinical_nlp.statistics.power import Power
 from clinical_nlp.statistics.profile import Profile
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import word_counts
@@ -24,13 +25,17 @@ _METRICS = {
     "vocabulary_kl": "vocabulary_kl_excess_bits",
     "units": "largest_unit_t",
     "utilisation": "notes_per_patient_ratio",
+    "mlp_classifier": "mlp_auc",
+    "coral": "coral_excess",
+    "frechet": "frechet_excess",
+    "length_psi": "length_psi_excess",
 }
 
 
 def estimates_of(item: Comparison) -> dict[str, Estimate]:
     """Return the figures of one comparison that `metrics.json` takes."""
     part = item.basis.replace("_", " ")
-    tests = [*item.tests.values(), *([item.utilisation] if item.utilisation else [])]
+    tests = [*item.tests.values(), *([item.utilisation] if item.utilisation else []), *item.further]
     return {
         f"drift.{item.other}.{_METRICS[test.name]}": Estimate(
             test.effect,
@@ -133,12 +138,24 @@ def comparison_entry(item: Comparison) -> dict[str, Any]:
         "utilisation": None if item.utilisation is None else asdict(item.utilisation),
         "all_notes": [asdict(test) for test in item.all_notes],
         "one_note": [asdict(test) for test in item.one_note],
+        "further": [asdict(test) for test in item.further],
+        "power": None
+        if item.power is None
+        else asdict(item.power) | {"n_patients": people if None not in people else [None, None]},
+        "note": item.note,
         "adjusted_p": dict(item.adjusted),
         "tokens": tokens,
         "units": [_unit(shift) for shift in item.units],
         "claims": [_claim(claim, item) for claim in item.claims],
         "advice": [] if item.verdict == "too_few" else advise(item.claims, text_differs=item.verdict == "differ"),
     }
+
+
+def _power(item: Power) -> dict[str, Any]:
+    """What the patients at hand can show; their counts stand elsewhere, where they may."""
+    found = asdict(item)
+    del found["n_patients"]
+    return found
 
 
 def _unit(item: UnitShift) -> dict[str, Any]:

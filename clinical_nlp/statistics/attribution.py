@@ -79,6 +79,7 @@ def attribute(
     outputs: tuple[np.ndarray, Sequence[str]] | None = None,
     lines: np.ndarray | None = None,
     conventions: Conventions | None = None,
+    cells: Sequence[object] | None = None,
     n_resamples: int = 200,
 ) -> tuple[Claim, ...]:
     """Answer what changed.
@@ -94,6 +95,7 @@ def attribute(
     outputs : (n_notes, k) what a task model says, and the k names.
     lines : (n_notes, k) 0 or 1; see `clinical_units.closing_lines`.
     conventions : the same notes marked twice.
+    cells : one label a note, such as note type and year: style and outputs are compared within each; see `max_t_test`.
     n_resamples : patient resamples where there are no labels of the other institution.
 
     Returns
@@ -117,7 +119,7 @@ def attribute(
     ]
     style = measures.select(np.arange(n_notes), np.array(style_columns, dtype=int))
     gold = all(labelled)
-    found = _style(plan, style, known if gold else None, label_name)
+    found = _style(plan, style, known if gold else None, label_name, cells)
     annotation = annotation_claim(conventions)
     shift: LabelShift | None = None
     if gold:
@@ -132,7 +134,7 @@ def attribute(
         )
     claims = [found, prevalence, association, annotation]
     if outputs is not None:
-        claims.append(_outputs(plan, outputs))
+        claims.append(_outputs(plan, outputs, cells))
     if logits is not None and labelled[0]:
         claims.append(_loss(plan, known, logits, gold, shift, found))
     return tuple(
@@ -151,15 +153,22 @@ def _named(shifts: Sequence[MeasureShift]) -> tuple[MeasureShift, ...]:
     return tuple(sorted((s for s in shifts if s.adjusted_p <= LEVEL), key=lambda s: (s.adjusted_p, -s.statistic)))
 
 
-def _style(plan: PermutationPlan, style: NoteMeasures, labels: np.ndarray | None, label_name: str) -> Claim:
+def _style(
+    plan: PermutationPlan,
+    style: NoteMeasures,
+    labels: np.ndarray | None,
+    label_name: str,
+    cells: Sequence[object] | None,
+) -> Claim:
     if not style.units:
         return Claim("style", "cannot_tell", "no measure of style is common enough in these notes")
     values, given = style.values, ""
     if labels is not None:
         values, given = _without_label_means(values, labels, plan), f" among notes of equal {label_name}"
-    result = max_t_test(values, [unit.key for unit in style.units], plan, name="style")
+    keys = [unit.key for unit in style.units]
+    result = max_t_test(values, keys, plan, cells=cells, name="style")
     # The numbers shown are those of the notes as they are.
-    plain = {s.name: s for s in max_t_test(style.values, [u.key for u in style.units], plan, name="style").measures}
+    plain = {s.name: s for s in max_t_test(style.values, keys, plan, cells=cells, name="style").measures}
     named = tuple(
         replace(plain[shift.name], p_value=shift.p_value, adjusted_p=shift.adjusted_p)
         for shift in _named(result.measures)
@@ -423,12 +432,12 @@ def _one_row_a_patient(
     return means / count[:, None], people, share
 
 
-def _outputs(plan: PermutationPlan, outputs: tuple[np.ndarray, Sequence[str]]) -> Claim:
+def _outputs(plan: PermutationPlan, outputs: tuple[np.ndarray, Sequence[str]], cells: Sequence[object] | None) -> Claim:
     scores, names = np.asarray(outputs[0], dtype=np.float64), list(outputs[1])
     kept = [i for i in range(len(names)) if common(scores[:, i], plan.note_patient, _SMALLEST_CELL)]
     if not kept:
         return Claim("outputs", "cannot_tell", "the model says too little on these notes to compare it")
-    result = output_shift_test(scores[:, kept], [names[i] for i in kept], plan)
+    result = output_shift_test(scores[:, kept], [names[i] for i in kept], plan, cells=cells)
     found = _named(result.measures)
     if result.test.p_value <= LEVEL:
         reason = "what the model says about the notes differs; whether it is right less often, this cannot say"

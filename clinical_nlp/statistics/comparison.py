@@ -13,10 +13,12 @@ from clinical_nlp.errors import TooFewPatientsError
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.attribution import Claim, Conventions, attribute, text_scores
 from clinical_nlp.statistics.clinical_units import ClinicalUnit, NoteMeasures, closing_lines, common, measure
-from clinical_nlp.statistics.domain_classifier import domain_classifier_test
+from clinical_nlp.statistics.distances import coral_test, frechet_test, histogram_test
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test, mlp_classifier_test
 from clinical_nlp.statistics.max_t import MeasureShift, max_t_test
 from clinical_nlp.statistics.mmd import mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
+from clinical_nlp.statistics.power import Power, power_of_classifier
 from clinical_nlp.statistics.ratios import length_test, utilisation_test
 from clinical_nlp.statistics.sample import SampledNotes
 from clinical_nlp.statistics.text_measures import token_shares, word_counts
@@ -54,7 +56,9 @@ class Comparison:
     have more notes, over one random note a patient, which is exact then. `adjusted` holds their p-values after Holm
     over the confirmatory tests of all comparisons of the analysis. No test is there with fewer than two patients on
     a side. `units` are what changed in units that a reader knows, ranked; their p-values are adjusted together.
-    `claims` says what may be concluded.
+    `claims` says what may be concluded. `further` are tests and distances that no verdict rests on, with p-values that
+    are not adjusted. `power` is what so many patients can show. `note` says why there is no test although both
+    institutions have patients.
     """
 
     reference: str
@@ -71,6 +75,9 @@ class Comparison:
     units: tuple[UnitShift, ...] = ()
     claims: tuple[Claim, ...] = ()
     confirmatory: tuple[str, ...] = CONFIRMATORY
+    further: tuple[TestResult, ...] = ()
+    power: Power | None = None
+    note: str = ""
 
     @property
     def tests(self) -> dict[str, TestResult]:
@@ -112,7 +119,7 @@ def compare(
     represent: Callable[[Sequence[Note]], np.ndarray],
     measures: NoteMeasures | None = None,
     gold: Gold | None = None,
-    stratify: bool = False,
+    cells: Sequence[str] | None = None,
     n_permutations: int = 999,
     seed: int = 0,
 ) -> Comparison:
@@ -127,8 +134,9 @@ def compare(
     represent : notes to vectors (n, d), blind to institutions.
     measures : of the sample's notes (see `clinical_units.measure`); made here if not given.
     gold : what else is known of the sample's notes.
-    stratify : compare within like mixes of notes: means of each note type are taken out of vectors and lengths, and
-        patients are permuted within `profile_strata`.
+    cells : one label a note of the sample, such as note type and year: only notes of one cell are compared, cells are
+        summed with fixed weights, and patients are permuted within `profile_strata` of their mix of cells. Approximate,
+        and without intervals.
     n_permutations, seed : of the relabellings.
 
     Returns
@@ -138,6 +146,7 @@ def compare(
     ours = {other} if members is None else set(members)
     rows = np.array([i for i, name in enumerate(sample.institutions) if name == reference or name in ours], dtype=int)
     sample = sample.select(rows)
+    within = None if cells is None else np.asarray(cells, dtype=str)[rows]
     gold = Gold() if gold is None else gold.select(rows)
     sides = ["reference" if name == reference else "other" for name in sample.institutions]
     people = [len({p for p, s in zip(sample.patient_ids, sides, strict=True) if s == side}) for side in _SIDES]
@@ -151,12 +160,8 @@ def compare(
     values = looked_at.values
     words = np.maximum(word_counts(texts), 1).astype(np.float64)
     strata = None
-    if stratify:
-        types = [note.note_type for note in sample.notes]
-        strata = profile_strata(sample.patient_ids, sides, types, sample.notes_of_patient)
-        vectors = _without_type_means(vectors, types)
-        words = np.exp(_without_type_means(np.log(words)[:, None], types)[:, 0])
-        values = _without_type_means(values, types)
+    if within is not None:
+        strata = profile_strata(sample.patient_ids, sides, within.tolist(), sample.notes_of_patient)
 
     def test(kept: np.ndarray) -> _Tested:
         plan = PermutationPlan(
@@ -167,19 +172,26 @@ def compare(
             n_permutations=n_permutations,
             seed=seed,
         )
-        vocabulary = vocabulary_test(shares[kept], tokens, plan, smallest_cell=SMALLEST_CELL)
+        cell = None if within is None else within[kept].tolist()
+        try:
+            vocabulary = vocabulary_test(shares[kept], tokens, plan, cells=cell, smallest_cell=SMALLEST_CELL)
+        except TooFewPatientsError as error:
+            if cell is None:
+                raise
+            return _Tested(plan, why=str(error))
         tests = [
-            domain_classifier_test(vectors[kept], plan),
-            mmd_test(vectors[kept], plan),
-            length_test(words[kept], plan),
+            domain_classifier_test(vectors[kept], plan, cells=cell),
+            mmd_test(vectors[kept], plan, cells=cell),
+            length_test(words[kept], plan, cells=cell),
             vocabulary.jensen_shannon,
             vocabulary.kullback_leibler,
         ]
-        raw, patients = looked_at.values[kept], plan.note_patient
+        raw, patients = values[kept], plan.note_patient
         columns = [i for i in range(len(looked_at.units)) if common(raw[:, i], patients, SMALLEST_CELL)]
         units: tuple[UnitShift, ...] = ()
         if columns:
-            found = max_t_test(values[kept][:, columns], [looked_at.units[i].key for i in columns], plan, name="units")
+            keys = [looked_at.units[i].key for i in columns]
+            found = max_t_test(raw[:, columns], keys, plan, cells=cell, name="units")
             tests.append(found.test)
             units = tuple(
                 sorted(
@@ -200,7 +212,8 @@ def compare(
     unequal = utilisation.p_value <= LEVEL
     chosen = single if unequal else everything
     claims: tuple[Claim, ...] = ()
-    if min(people) >= FEWEST_PATIENTS:
+    further: tuple[TestResult, ...] = ()
+    if min(people) >= FEWEST_PATIENTS and chosen.tests:
         kept = np.flatnonzero(sample.is_first) if unequal else np.arange(len(texts))
         known = gold.select(kept)
         if known.labels is not None and known.logits is None:
@@ -215,7 +228,13 @@ def compare(
             outputs=known.outputs,
             lines=closing_lines([sample.notes[i] for i in kept]),
             conventions=known.conventions,
+            cells=None if within is None else within[kept].tolist(),
         )
+        if within is None:
+            further = _further(vectors[kept], words[kept], chosen.plan)
+    power = None
+    if chosen.tests:
+        power = power_of_classifier(chosen.tests[0], chosen.plan, level=LEVEL / len(CONFIRMATORY))
     return replace(
         found,
         basis="one_note" if unequal else "all_notes",
@@ -225,6 +244,20 @@ def compare(
         tokens=chosen.tokens,
         units=chosen.units,
         claims=claims,
+        further=further,
+        power=power,
+        note=chosen.why,
+    )
+
+
+def _further(vectors: np.ndarray, words: np.ndarray, plan: PermutationPlan) -> tuple[TestResult, ...]:
+    """Second opinions, each as its excess over relabelled patients; no verdict rests on them."""
+    lengths = histogram_test(words, plan, name="length")
+    return (
+        mlp_classifier_test(vectors, plan),
+        coral_test(vectors, plan),
+        frechet_test(vectors, plan),
+        lengths.population_stability,
     )
 
 
@@ -239,9 +272,10 @@ def _word_scores(texts: Sequence[str], plan: PermutationPlan, labels: np.ndarray
 
 class _Tested(NamedTuple):
     plan: PermutationPlan
-    tests: tuple[TestResult, ...]
-    tokens: tuple[TokenShift, ...]
-    units: tuple[UnitShift, ...]
+    tests: tuple[TestResult, ...] = ()
+    tokens: tuple[TokenShift, ...] = ()
+    units: tuple[UnitShift, ...] = ()
+    why: str = ""
 
 
 def _unit_shift(unit: ClinicalUnit, shift: MeasureShift, column: np.ndarray, plan: PermutationPlan) -> UnitShift:
@@ -251,15 +285,6 @@ def _unit_shift(unit: ClinicalUnit, shift: MeasureShift, column: np.ndarray, pla
     departing = np.unique(plan.note_patient[np.isfinite(rounded) & (rounded != usual)])
     few = [int((plan.is_target[departing] == side).sum()) < SMALLEST_CELL for side in (False, True)]
     return UnitShift(unit, shift, usual, (few[0], few[1]))
-
-
-def _without_type_means(values: np.ndarray, types: Sequence[str | None]) -> np.ndarray:
-    _, kind = np.unique([name or "" for name in types], return_inverse=True)
-    there = np.isfinite(values)
-    sums, counts = np.zeros((kind.max() + 1, values.shape[1])), np.zeros((kind.max() + 1, values.shape[1]))
-    np.add.at(sums, kind, np.where(there, values, 0.0))
-    np.add.at(counts, kind, there)
-    return np.asarray(values - np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)[kind])
 
 
 _SIDES = ("reference", "other")

@@ -74,10 +74,12 @@ def domain_classifier_test(
         tested = []
         for number, (notes, rows, _) in enumerate(groups):
             test = notes[inside[plan.note_patient[notes]]]
+            if not len(test):
+                continue  # a rare cell may have no patient in this fold
             new = np.where(varies, (features[test] - centre) / scale, 0.0)
             local = np.bincount(plan.note_patient[test], minlength=len(inside))
             tested.append((number, test, new, rows[inside[rows]], 1.0 / local[plan.note_patient[test]]))
-        at_once = max(1, _CELLS_AT_ONCE // max(1, 4 * max(len(test) for _, test, *_ in tested)))
+        at_once = max(1, _CELLS_AT_ONCE // max(1, 4 * max((len(test) for _, test, *_ in tested), default=1)))
         for start in range(0, members.shape[1], at_once):
             columns = slice(start, start + at_once)
             labels = members[:, columns].astype(np.float64)

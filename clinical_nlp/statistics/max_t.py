@@ -136,7 +136,9 @@ def max_t_test(
     return ManyMeasures(test, tuple(shifts))
 
 
-def output_shift_test(scores: np.ndarray, names: Sequence[str], plan: PermutationPlan) -> ManyMeasures:
+def output_shift_test(
+    scores: np.ndarray, names: Sequence[str], plan: PermutationPlan, *, cells: Sequence[object] | None = None
+) -> ManyMeasures:
     """Do a model's outputs differ? Location and spread of every output over the notes; see `max_t_test`.
 
     A black-box test: it needs what a model says, not the model. It sees what matters to this model only; a change
@@ -147,6 +149,7 @@ def output_shift_test(scores: np.ndarray, names: Sequence[str], plan: Permutatio
     scores : (n_notes, k) probabilities, logits or counts.
     names : of the k outputs.
     plan : the relabellings.
+    cells : see `max_t_test`.
 
     References
     ----------
@@ -164,6 +167,7 @@ def output_shift_test(scores: np.ndarray, names: Sequence[str], plan: Permutatio
         np.column_stack([scores, spread]),
         [*names, *(f"{output} (squared distance from the mean)" for output in names)],
         plan,
+        cells=cells,
         name="outputs",
     )
 

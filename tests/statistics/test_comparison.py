@@ -7,6 +7,7 @@ import pytest
 
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.comparison import CONFIRMATORY, compare, decide, permutations_needed
+from clinical_nlp.statistics.domain_classifier import domain_classifier_test
 from clinical_nlp.statistics.mmd import mmd_test
 from clinical_nlp.statistics.permutation import PermutationPlan, holm, profile_strata
 from clinical_nlp.statistics.sample import NoteSampler
@@ -112,5 +113,38 @@ def test_enough_relabellings_for_a_finding_to_be_possible(n_comparisons):
     assert holm([1 / permutations_needed(n_comparisons), *others])[0] > 0.05
 
 
-def test_a_comparison_within_strata_runs_where_types_are_missing():
-    assert compared(sampled(0, style=0.8), stratify=True).verdict == "differ"
+def test_within_cells_the_comparison_is_that_of_its_tests_on_cells_and_strata():
+    """One mechanism: the same cells, strata and plan that the tests take."""
+    sample = sampled(0, style=0.8)
+    cells = ["letter" if note.note_id.endswith("0") else "note" for note in sample.notes]
+    found = compared(sample, cells=cells)
+    assert found.verdict == "differ"
+    sides = ["reference" if name == "h0" else "other" for name in sample.institutions]
+    strata = profile_strata(sample.patient_ids, sides, cells, sample.notes_of_patient)
+    plan = PermutationPlan(sample.patient_ids, sides, reference="reference", strata=strata, n_permutations=99)
+    vectors = hashed_features([note.text for note in sample.notes], dimensions=16)
+    alone = mmd_test(vectors, plan, cells=cells)
+    assert found.tests["mmd"] == alone
+    assert found.tests["domain_classifier"] == domain_classifier_test(vectors, plan, cells=cells)
+    assert all("approximate" in item.shift.note for item in found.units)
+    assert found.further == ()
+
+
+def test_where_no_cell_has_patients_of_both_sides_there_is_no_verdict_but_the_reason():
+    sample = sampled(0, style=0.8)
+    found = compared(sample, cells=list(sample.institutions))
+    assert (found.verdict, found.tests, found.claims, found.power) == ("too_few", {}, (), None)
+    assert "wider cells" in found.note
+
+
+def test_second_opinions_and_power_stand_beside_the_verdict():
+    found = compared(sampled(0, style=0.8))
+    assert [test.name for test in found.further] == ["mlp_classifier", "coral", "frechet", "length_psi"]
+    assert found.power.n_patients == (15, 15)
+    assert found.power.level == pytest.approx(0.05 / len(CONFIRMATORY))
+    assert found.power.found_now < 0.8
+    assert 0.6 < found.power.detectable < 1
+    assert found.power.patients_needed > 15
+    more = compared(sampled(0, patients=(60, 60))).power
+    assert more.found_now > found.power.found_now
+    assert more.detectable < found.power.detectable

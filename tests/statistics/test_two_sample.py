@@ -368,6 +368,18 @@ def test_one_cell_for_all_is_the_classifier_without_cells():
     assert one_cell.p_value == whole.p_value
 
 
+def test_a_cell_that_misses_a_fold_is_compared_in_the_others():
+    ids, institutions, features, _ = clustered(3, patients=(20, 20), notes=((2, 3), (2, 3)), dimensions=4)
+    first = {patient: ids.index(patient) for patient in dict.fromkeys(ids)}
+    rare = [list(first.values())[at] for at in (0, 1, 2, 20, 21, 22)]
+    cells = ["rare" if row in rare else "usual" for row in range(len(ids))]
+    strata = ["few" if patient in {ids[row] for row in rare} else "many" for patient in ids]
+    plan = PermutationPlan(ids, institutions, strata=strata, n_permutations=19)
+    found = domain_classifier_test(features, plan, cells=cells, n_folds=20)
+    assert 0 <= found.effect <= 1
+    assert np.isfinite([found.null_mean, found.null_sd, found.p_value]).all()
+
+
 def test_a_mix_of_note_types_is_no_drift_within_cells_and_profile_strata():
     """Note types differ in text and the institutions in their mix: seen without cells, not within them."""
     rejected = {"plain": 0, "mmd": 0, "domain_classifier": 0, "max_t": 0}
