@@ -517,6 +517,8 @@ def _decide(
             del chosen["presence"]
         elif presence[0] == "absent" and modality[0] == "conditional":
             del chosen["modality"]
+        elif modality[0] == "hypothetical" and text[slice(*presence[1:])].lower() == "or any":
+            del chosen["presence"]  # `call for fever or any vomiting` goes on with what to call for, and denies nothing
     times = chosen.get("temporality")
     if times is not None:
         inside = any(
