@@ -13,7 +13,7 @@ import datetime
 import json
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from measuring import machine
 from clinical_nlp.config import load_config
 from clinical_nlp.corpora.synthetic_hospitals import generate
 from clinical_nlp.eval._discrimination import Panel
+from clinical_nlp.eval._fine_tuning import Asked
 from clinical_nlp.eval.cross_institution import (
     Bench,
     Book,
@@ -32,7 +33,6 @@ from clinical_nlp.eval.cross_institution import (
     list_methods,
     score_methods,
 )
-from clinical_nlp.invariance.objectives import NEEDS
 from clinical_nlp.runs import package_versions
 
 SCENARIOS = {"differing": (0.98, 0.9, 0.7), "equal": (0.9, 0.9, 0.9)}
@@ -68,7 +68,7 @@ def scenario(spurious: tuple[float, ...], arguments: argparse.Namespace) -> dict
         "features.steps": arguments.steps,
     }
     if arguments.methods:
-        settings["objectives"] = [name for name in NEEDS if name in arguments.methods]
+        settings["objectives"] = [name for name in get_args(Asked) if name in arguments.methods]
     config = load_config(CrossInstitutionConfig, None, settings)
     bench, book, target = Bench(config, data), Book(), "hospital-4"
     sources = [name for name in bench.names if name != target]

@@ -745,6 +745,8 @@ def list_fine_tunings(
         if NEEDS[name].target:
             aligned = tuned(f"{name}_target", both, objective=objective)
             rows.append(Method(f"{name}_target", unlabelled, aligned, how))
+    discrepancy = ObjectiveConfig(name="mcd")
+    rows.append(Method("mcd", unlabelled, tuned("mcd", both, objective=discrepancy)))
     rows.append(Method("self_training", unlabelled, self_trained))
     rows.append(Method("tent", unlabelled, tuned("tent", notes, read_first=there.texts)))
     for count in config.few_labels:

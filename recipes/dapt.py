@@ -17,6 +17,8 @@ from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, t
 from clinical_nlp.config import CorpusConfig, RecipeConfig, SplitConfig
 from clinical_nlp.corpora import ehr_export
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
+from clinical_nlp.invariance.language_attachment import MarkedRows, attach_to_language_model
+from clinical_nlp.invariance.objectives import ObjectiveConfig, check_objective
 from clinical_nlp.models.adapters import ADAPTER, save_adapter
 from clinical_nlp.models.loading import HEAD, BaseModel, backbone_prefix, head_state, load_base
 from clinical_nlp.models.resolve import provenance, resolve_model
@@ -25,7 +27,7 @@ from clinical_nlp.notes.readers import read_notes
 from clinical_nlp.notes.splitting import Split, split_patients, split_without_duplicates
 from clinical_nlp.notes.streaming import NoteStream, part_of_patient
 from clinical_nlp.progress import is_main_process, say
-from clinical_nlp.recipes.ner import digest
+from clinical_nlp.recipes.ner import digest, n_processes
 from clinical_nlp.runs import Run, write_json
 from clinical_nlp.tasks import pretraining
 from clinical_nlp.tasks.pretraining import LanguageTask
@@ -67,6 +69,9 @@ class DaptConfig(RecipeConfig):
     """Corpus that shall not be forgotten: replay.name, replay.path, replay.options, replay.ratio."""
     forgetting: ForgettingConfig = ForgettingConfig()
     """What holds the weights near where they were: none, l2_sp or ewc."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is asked of the representation, so that the institution counts for less: dann, mmd and coral on the states
+    of documents, irm, vrex and group_dro on the losses of tokens. Replayed notes do not count."""
     training: TrainingConfig = TrainingConfig(epochs=3, batch_size=8)
     """How the weights are moved."""
 
@@ -129,6 +134,22 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
         model, head = with_head(task, network, base)
         trainable, everything = trainable_count(model)
         terms = [penalty(config, task, network, base)] if config.forgetting.name != "none" else []
+        collate: Callable[[Any], dict[str, Any]] = task.collate
+        learned, attached = examples, None
+        if config.objective.is_active:
+            table = (examples.rows if task.masked else examples).data
+            learned = MarkedRows(examples, table, counted=len(pretraining.row_lengths(own)))
+            attached = attach_to_language_model(
+                model,
+                config.objective,
+                learned,
+                task="pretraining",
+                batch_size=config.training.batch_size // n_processes(),
+                seed=config.seed,
+                shift=task.shift,
+            )
+            terms.append(attached.term)
+            collate = MarkedRows.collate(collate)
         say(
             f"{len(lengths)} {task.batching} rows of at most {task.length} tokens; "
             f"{trainable:,} of {everything:,} parameters train ({config.strategy.name})"
@@ -140,8 +161,8 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
 
         outcome = train(
             model,
-            examples,
-            task.collate,
+            learned,
+            collate,
             config=config.training,
             run=run,
             seed=config.seed,
@@ -154,9 +175,13 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
             max_minutes=config.max_minutes,
             resume=resume,
             terms=terms,
+            objective=None if attached is None else attached.module,
+            balance=None if attached is None else attached.balance,
             validate=score_development if material.development else None,
             difficulty=difficulty,
         )
+        if attached is not None:
+            del model.objective  # what is saved does without
 
         after = [task.losses(model, found.held_out) for found in scored]
         for number, found in enumerate(scored):
@@ -181,6 +206,7 @@ def run(config: DaptConfig, output: Path, *, resume: bool = False) -> Run:
             parent_run=None if base.resolved.parent_run is None else str(base.resolved.parent_run),
             training=outcome | {"trainable_parameters": trainable, "parameters": everything, "rows": len(lengths)},
             objective="masked" if task.masked else "causal",
+            invariance=None if attached is None else {"name": config.objective.name, "between": learned.names},
             language_model_head=base.head,
             batching=task.batching,
             split=material.split,
@@ -207,6 +233,7 @@ def check(config: DaptConfig) -> None:
     if config.strategy.name == "head":
         raise ConfigError("strategy 'head' leaves the base model as it is, which dapt is to move; use lora or full")
     check_forgetting(config.forgetting, config.strategy)
+    check_objective(config.objective, config.strategy, task="pretraining", processes=n_processes())
     if config.stream and config.corpus.name != ehr_export.CARD.name:
         raise ConfigError(
             f"corpus {config.corpus.name!r} is read as a whole; stream needs corpus.name {ehr_export.CARD.name}"

@@ -15,12 +15,14 @@ from pydantic import Field
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import Config, CorpusConfig, RecipeConfig, SplitConfig
 from clinical_nlp.errors import ConfigError, InputError, TooFewPatientsError
+from clinical_nlp.invariance.language_attachment import MarkedRows, attach_to_language_model
+from clinical_nlp.invariance.objectives import ObjectiveConfig, check_objective
 from clinical_nlp.models.loading import load_base, read_task
 from clinical_nlp.models.resolve import ResolvedModel, provenance, resolve_model
 from clinical_nlp.notes.corpus import load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients
 from clinical_nlp.progress import is_main_process, say
-from clinical_nlp.recipes.ner import digest
+from clinical_nlp.recipes.ner import digest, n_processes
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks.generation import Draft, Verify
 from clinical_nlp.tasks.preferences import KINDS, ErrorKind, plant_error
@@ -107,6 +109,9 @@ class ReportConfig(RecipeConfig):
     """Local folder of an encoder for BERTScore; without it there is none."""
     preference: PreferenceConfig | None = None
     """Do not learn to write, but, from a report run as base_model, to prefer references over texts with an error."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is asked of the representation, so that the institution counts for less: dann, mmd and coral on the states
+    of the source, irm, vrex and group_dro on the losses of the report's tokens."""
     training: TrainingConfig = TrainingConfig(epochs=3, batch_size=8)
     """How the weights are moved."""
 
@@ -153,9 +158,17 @@ def run(config: ReportConfig, output: Path, *, resume: bool = False) -> Run:
         network = apply_strategy(base.network, config.strategy, seed=config.seed)
         trainable, everything = trainable_count(network)
         say(f"{counts_text(counts)}; {trainable:,} of {everything:,} parameters train ({config.strategy.name})")
+        learned, attached = examples, None
+        if config.objective.is_active:
+            learned = MarkedRows(examples, examples.data)
+            attached = attach_to_language_model(
+                network, config.objective, learned, task="report",
+                batch_size=settings.batch_size // n_processes(), seed=config.seed,
+            )  # fmt: skip
+            collate = MarkedRows.collate(collate)
         outcome = train(
             network,
-            examples,
+            learned,
             collate,
             config=settings,
             run=run,
@@ -168,7 +181,12 @@ def run(config: ReportConfig, output: Path, *, resume: bool = False) -> Run:
             max_steps=config.max_steps,
             max_minutes=config.max_minutes,
             resume=resume,
+            terms=[] if attached is None else [attached.term],
+            objective=None if attached is None else attached.module,
+            balance=None if attached is None else attached.balance,
         )
+        if attached is not None:
+            del network.objective  # what is saved does without
 
         written = write(config, network, base.tokenizer, task, held_out)
         score(config, data, held_out, written, before, run, tuned=parent is not None)
@@ -180,6 +198,7 @@ def run(config: ReportConfig, output: Path, *, resume: bool = False) -> Run:
             base_model=provenance(base.resolved, run.path),
             parent_run=None if base.resolved.parent_run is None else str(base.resolved.parent_run),
             kind=data.kind,
+            objective=None if attached is None else {"name": config.objective.name, "between": learned.names},
             prompt="chat template of the base model" if task.chat else "instruction, source, Report:",
             window={"tokens": task.window, "source": task.room, "report": task.max_new_tokens, "policy": task.too_long},
             training=outcome | {"trainable_parameters": trainable, "parameters": everything, **counts},
@@ -205,6 +224,12 @@ def check(config: ReportConfig) -> None:
     """Refuse what cannot work before anything is read."""
     if config.strategy.name == "head":
         raise ConfigError("strategy 'head' trains a task head, and report writes with the base model's own; use qlora")
+    if config.preference is not None and config.objective.is_active:
+        raise ConfigError(
+            f"objective {config.objective.name!r} goes with learning to write; preference compares two texts of one "
+            "source, which institutions have in common"
+        )
+    check_objective(config.objective, config.strategy, task="report", processes=n_processes())
     if config.training.patience is not None:
         raise ConfigError("training.patience needs a score on a development part, which report does not have")
     if config.training.curriculum == "loss":

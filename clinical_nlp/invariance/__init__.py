@@ -12,8 +12,12 @@ OBJECTIVES = {
     "between training institutions",
     "vrex": "equal risks in all institutions; as irm, steadier",
     "group_dro": "the institution with the highest risk counts most; for the worst institution, not for unseen ones",
+    "mcd": "two more heads that disagree on notes without gold (objective.target) as far as the gold allows, and a "
+    "representation that leaves them no room",
+    "self_training": "what the model is surest of in notes without gold (objective.target), a share of each label, is "
+    "learned as gold; for a model that is right there more often than not",
 }
-"""Objective -> what it is for."""
+"""Objective -> what it is for. adda and test-time adaptation (tent) are in the suite cross_institution."""
 
 ERASERS = {
     "leace": "the smallest linear change after which no linear probe gains; needs no institution later",

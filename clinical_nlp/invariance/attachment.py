@@ -200,9 +200,9 @@ def _read_words(
             "patient": inputs["patient"],
         }
     chosen = labels != Unlabelled
-    if NEEDS[config.name].works_on == "representation":
+    if NEEDS[config.name].works_on != "risk":
         without_gold = ~chosen.any(1, keepdim=True)
-        chosen = _thinned(chosen | (mask & without_gold), inputs, seed)
+        chosen = thinned(chosen | (mask & without_gold), inputs, seed)
     label = labels[chosen]
 
     def losses(logits: torch.Tensor) -> torch.Tensor:
@@ -226,7 +226,7 @@ def _read_documents(
     states, mask = given
     states = states * states.shape[-1] ** 0.5  # the head has them at unit length
     if config.level == "token":
-        chosen = _thinned(mask, inputs, seed)
+        chosen = thinned(mask, inputs, seed)
         return {
             "representation": states[chosen],
             "institution": inputs["institution"].unsqueeze(1).expand_as(mask)[chosen],
@@ -274,8 +274,8 @@ def _pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _thinned(chosen: torch.Tensor, inputs: dict[str, Any], seed: int) -> torch.Tensor:
-    """Keep at most `MOST_TOKENS`, as many of each example as it goes; the draw depends on seed and step alone."""
+def thinned(chosen: torch.Tensor, inputs: dict[str, Any], seed: int) -> torch.Tensor:
+    """Keep at most `MOST_TOKENS` of (n, t) bool, as many of each example as it goes; drawn from seed and step alone."""
     import torch
 
     total = int(chosen.sum())

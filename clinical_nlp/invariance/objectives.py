@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from clinical_nlp.adaptation.strategies import StrategyConfig
 from clinical_nlp.config import CorpusConfig, NamedConfig
@@ -20,7 +20,15 @@ from clinical_nlp.invariance import losses
 if TYPE_CHECKING:
     import torch
 
-ObjectiveName = Literal["erm", "dann", "cdan", "mmd", "coral", "irm", "vrex", "group_dro"]
+ObjectiveName = Literal["erm", "dann", "cdan", "mmd", "coral", "irm", "vrex", "group_dro", "mcd", "self_training"]
+ELSEWHERE = {
+    "adda": "adda moves a second copy of the backbone once the first has learned, which no single training does; the "
+    "suite cross_institution has it on frozen features. With objective.target use dann, cdan, mmd, coral or mcd",
+    "tent": "tent moves the norm layers of a finished model on the notes it is to read: in Python "
+    "clinical_nlp.invariance.norm_adaptation.adapt_norms, and a row of the suite cross_institution with "
+    "fine_tuning.base_model. While training use self_training with objective.target",
+}
+"""What is asked for here and lives elsewhere: name -> where, and what to take instead."""
 Unlabelled = -100
 """Label of a note that has none: of the target institution, say."""
 
@@ -29,24 +37,29 @@ class ObjectiveConfig(NamedConfig):
     """What is asked of the representation. See `clinical-nlp list objectives`."""
 
     name: ObjectiveName = "erm"
-    """erm, dann, cdan, mmd, coral, irm, vrex or group_dro."""
+    """erm, dann, cdan, mmd, coral, irm, vrex, group_dro, mcd or self_training."""
     weight: float | None = Field(default=None, ge=0)
     """Weight of the penalty; default 1, vrex 10, irm 100. 0 is erm, exactly."""
     level: Literal["pooled", "token"] = "pooled"
-    """dann, cdan, mmd, coral: what is aligned, the mean state of each text that the model reads at once, or the states
-    of its tokens (ner: of its words)."""
+    """dann, cdan, mmd, coral, mcd: what is aligned, the mean state of each text that the model reads at once, or the
+    states of its tokens (ner: of its words)."""
     conditional: bool | None = None
     """dann, mmd, coral: align within each label, so that a difference in prevalence is no reason to forget the label.
     Default wherever examples have one label each: ner with level token. cdan is conditional on the model's own
     predictions."""
     target: CorpusConfig | None = None
-    """dann, cdan, mmd, coral: notes of one more institution that are aligned with the others and need no gold. Patients
-    of the test part are left out of them."""
+    """dann, cdan, mmd, coral: notes of one more institution that are aligned with the others and need no gold; mcd and
+    self_training learn from nothing else. Patients of the test part are left out of them."""
     warmup: float = Field(default=0.2, ge=0, lt=1)
-    """mmd, coral, irm, vrex: share of the steps over which the weight rises from 0; with a jump Adam's moments are for
-    another loss. dann and cdan follow the schedule of the paper, group_dro starts from equal weights."""
+    """mmd, coral, irm, vrex, self_training: share of the steps over which the weight rises from 0; with a jump Adam's
+    moments are for another loss. dann, cdan and mcd follow the schedule of the dann paper, group_dro starts from equal
+    weights."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """dann, cdan: of the discriminator, about ten times that of a backbone that moves as a whole."""
+    """dann, cdan: of the discriminator, mcd: of its two heads; about ten times that of a backbone that moves as a
+    whole."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """self_training: of the target's notes (ner: words) in a batch, the surest share of each label is learned. A
+    share of each keeps the rarer ones: with one limit for all the commonest label takes every place."""
     hidden: int = Field(default=128, ge=1)
     """dann, cdan: width of the discriminator."""
     adaptation_rate: float = Field(default=0.01, gt=0)
@@ -56,6 +69,13 @@ class ObjectiveConfig(NamedConfig):
     balanced: bool = True
     """Whether every institution gives as many examples to a step; small ones are repeated. erm draws all notes alike,
     and so does a penalty of weight 0."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _lives_here(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in ELSEWHERE:
+            raise ValueError(ELSEWHERE[value])
+        return value
 
     @property
     def strength(self) -> float:
@@ -68,14 +88,16 @@ class ObjectiveConfig(NamedConfig):
         return self.name != "erm" and self.strength > 0
 
 
-Task = Literal["ner", "coding", "classification"]
+Task = Literal["ner", "coding", "classification", "pretraining", "report"]
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What an objective works on: `representation` (it moves the backbone) or `risk` (losses of institutions)."""
+    """What an objective works on: `representation` (it moves the backbone), `risk` (losses of institutions) or
+    `prediction` (what the model itself says of notes without gold). `target`: whether it can use such notes.
+    """
 
-    works_on: Literal["representation", "risk"]
+    works_on: Literal["representation", "risk", "prediction"]
     target: bool
     conditional: bool
 
@@ -88,6 +110,8 @@ NEEDS: dict[str, Needs] = {
     "irm": Needs("risk", target=False, conditional=False),
     "vrex": Needs("risk", target=False, conditional=False),
     "group_dro": Needs("risk", target=False, conditional=False),
+    "mcd": Needs("representation", target=True, conditional=False),
+    "self_training": Needs("prediction", target=True, conditional=False),
 }
 """The one table of what goes with what; `check_objective` reads it and refuses the rest."""
 
@@ -104,6 +128,12 @@ def check_objective(config: ObjectiveConfig, strategy: StrategyConfig, *, task: 
             raise ConfigError("objective.target: erm makes nothing of notes without gold; use dann, cdan, mmd or coral")
         return
     needs, name = NEEDS[config.name], config.name
+    if task in ("pretraining", "report"):
+        _check_language(config, task)
+    elif name in _ONLY_TARGET and config.target is None and task != "classification":
+        raise ConfigError(
+            f"objective {name!r} learns from notes of another institution without gold; name them with objective.target"
+        )
     if config.target is not None and not needs.target:
         raise ConfigError(
             f"objective.target: {name} compares losses of institutions, and notes without gold have none; use dann, "
@@ -126,18 +156,42 @@ def check_objective(config: ObjectiveConfig, strategy: StrategyConfig, *, task: 
     if task == "ner" and needs.works_on == "representation" and config.level == "pooled":
         if config.conditional:
             raise ConfigError("objective.conditional: a window has a tag for each word; set objective.level=token")
-        if name == "cdan":
-            raise ConfigError("objective 'cdan' reads predictions, which ner has for words; set objective.level=token")
-    if task == "coding" and name == "cdan" and config.level == "token":
-        raise ConfigError("objective 'cdan' reads predictions, which coding has for documents; set level=pooled")
+        if name in _READS_PREDICTIONS:
+            raise ConfigError(
+                f"objective {name!r} reads predictions, which ner has for words; set objective.level=token"
+            )
+    if task == "coding" and name in (*_READS_PREDICTIONS, "self_training") and config.level == "token":
+        raise ConfigError(f"objective {name!r} reads predictions, which coding has for documents; set level=pooled")
     if processes > 1 and name == "group_dro":
         raise ConfigError("objective 'group_dro' keeps one weight an institution, which processes would not share; use "
                           "one process, or vrex")  # fmt: skip
-    if processes > 1 and name in ("dann", "cdan") and strategy.name in ("lp_ft", "gradual"):
+    if processes > 1 and name in ("dann", "cdan", "mcd") and strategy.name in ("lp_ft", "gradual"):
         raise ConfigError(
             f"objective {name!r} with strategy {strategy.name!r} runs in one process: looking for what is frozen at a "
             "step, the others would take the discriminator to be so too; use full, an adapter, or one process"
         )
+
+
+_ONLY_TARGET = ("mcd", "self_training")
+_READS_PREDICTIONS = ("cdan", "mcd")
+
+
+def _check_language(config: ObjectiveConfig, task: str) -> None:
+    """Refuse for language models what asks for a label of a note, or for notes without gold."""
+    what = {"pretraining": "notes that are read", "report": "reports that are written"}[task]
+    if config.name in ("cdan", *_ONLY_TARGET):
+        raise ConfigError(
+            f"objective {config.name!r} reads predictions of labels, and {what} have none; use dann, mmd, coral, irm, "
+            "vrex or group_dro"
+        )
+    if config.conditional:
+        raise ConfigError(f"objective.conditional: {what} have no label to align within; leave it out")
+    if config.target is not None:
+        instead = {
+            "pretraining": "pretraining needs no gold: put the notes into the corpus",
+            "report": "a source without its report cannot be learned from: put pairs into the corpus",
+        }[task]
+        raise ConfigError(f"objective.target: {instead}")
 
 
 def is_conditional(config: ObjectiveConfig, task: Task) -> bool:
@@ -347,8 +401,57 @@ def build_objective(
             # The task loss takes the mean over all; with weight 1 what is left of the sum is the weighted risk.
             return (share * risk).sum() - each.mean() + 0.0 * self.log_share.sum()
 
-    kind = {"representation": Alignment, "risk": Risk}[NEEDS[config.name].works_on]
-    return (Adversary if config.name in ("dann", "cdan") else kind)()
+    class TwoHeads(Objective):
+        """Two more heads that may disagree on the target as the source allows; the backbone leaves them no room.
+
+        One step of reversed gradients takes the place of the three alternating ones of the paper.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.first, self.second = (torch.nn.Linear(width, n_classes) for _ in range(2))
+            self.learning_rates = {name: config.learning_rate for name, _ in self.named_parameters()}
+
+        def raw(self, rows: _Rows, step: int) -> torch.Tensor:
+            assert rows.label is not None
+            known = _is_known(rows.label)
+            seen = losses.reverse_gradient(rows.representation[~known], losses.reversal_strength(self.progress(step)))
+            found = rows.representation.sum() * 0.0
+            if bool(known.any()):
+                state, label = rows.representation[known], rows.label[known]
+                found = found + sum(_cost(head(state), label, several_labels).mean() for head in self.heads)
+            if len(seen):
+                one, other = (_chances(head(seen), several_labels) for head in self.heads)
+                found = found - (one - other).abs().mean()
+            return found
+
+        @property
+        def heads(self) -> tuple[Any, Any]:
+            return self.first, self.second
+
+    class SelfTraining(Objective):
+        """What the model is surest of in notes without gold is learned as if it were gold, a share of each label."""
+
+        def raw(self, rows: _Rows, step: int) -> torch.Tensor:
+            assert rows.logits is not None
+            assert rows.label is not None
+            logits = rows.logits[~_is_known(rows.label)]
+            chances = _chances(logits.detach(), several_labels)
+            label = chances.round() if several_labels else chances.argmax(1)
+            sure = (chances - 0.5).abs() if several_labels else chances.amax(1)
+            kept = torch.zeros_like(sure, dtype=torch.bool)
+            for kind in torch.unique(label):
+                here = label == kind
+                kept |= here & (sure >= torch.quantile(sure[here].flatten(), 1 - config.share))
+            if not bool(kept.any()):
+                return rows.representation.sum() * 0.0
+            return self.rising(step) * _cost(logits, label, several_labels)[kept].mean()
+
+    kinds = {"dann": Adversary, "cdan": Adversary, "mcd": TwoHeads, "self_training": SelfTraining}
+    plain = Alignment if NEEDS[config.name].works_on == "representation" else Risk
+    return kinds.get(config.name, plain)()
 
 
 LARGEST_OUTER = 4096
@@ -365,6 +468,26 @@ class _Rows:
     patient: torch.Tensor
     logits: torch.Tensor | None
     losses: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def _is_known(label: torch.Tensor) -> torch.Tensor:
+    """Which examples have gold, (n,) bool, of (n,) or (n, n_classes) labels."""
+    return (label if label.ndim == 1 else label[:, 0]) != Unlabelled
+
+
+def _chances(logits: torch.Tensor, several_labels: bool) -> torch.Tensor:
+    import torch
+
+    return torch.sigmoid(logits) if several_labels else torch.softmax(logits, -1)
+
+
+def _cost(logits: torch.Tensor, label: torch.Tensor, several_labels: bool) -> torch.Tensor:
+    """Cross-entropy of each example, or of each of its several labels."""
+    import torch
+
+    if several_labels:
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
+    return torch.nn.functional.cross_entropy(logits, label.long(), reduction="none")
 
 
 def _on(

@@ -242,7 +242,8 @@ class ReportTask:
 
         Returns
         -------
-        A `datasets.Dataset` with `input_ids` (prompt and report) and `prompt_length`, and counts.
+        A `datasets.Dataset` with `input_ids` (prompt and report), `prompt_length`, `institution` and `patient_id`, and
+        counts.
 
         Raises
         ------
@@ -260,8 +261,8 @@ class ReportTask:
                 "which leave them out"
             )
         kept = [
-            (prompt, target)
-            for prompt, target in zip(encoded.prompts, targets, strict=True)
+            (prompt, target, pair)
+            for prompt, target, pair in zip(encoded.prompts, targets, pairs, strict=True)
             if prompt is not None and len(target) <= self.max_new_tokens
         ]
         if not kept:
@@ -271,8 +272,10 @@ class ReportTask:
             )
         rows = Dataset.from_dict(
             {
-                "input_ids": [[*prompt, *target] for prompt, target in kept],
-                "prompt_length": [len(prompt) for prompt, _ in kept],
+                "input_ids": [[*prompt, *target] for prompt, target, _ in kept],
+                "prompt_length": [len(prompt) for prompt, *_ in kept],
+                "institution": [pair.institution for *_, pair in kept],
+                "patient_id": [pair.patient_id for *_, pair in kept],
             }
         )
         return rows, {

@@ -34,7 +34,7 @@ WEIGHTS = "trainable.safetensors"
 LossTerm = Callable[[Any, dict[str, Any]], Any]
 """`term(model, inputs) -> scalar tensor`, added to the task loss of every micro-batch. Beside the inputs of the model
 it is given what a batch says `ABOUT` its examples, and `step`, the optimiser steps taken so far."""
-ABOUT = ("institution", "patient")
+ABOUT = ("institution", "patient", "unit")
 """Keys of a batch that are for loss terms and not for the model; -1 where an example does not count."""
 
 
@@ -324,11 +324,12 @@ def train(
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=dataset,
+            train_dataset=getattr(dataset, "rows", dataset),  # SFTTrainer takes none but a `datasets.Dataset`
             data_collator=collate,
             callbacks=[stop, shown, stages, *([] if early is None else [early])],
             **({"processing_class": tokenizer} if language_model or preference is not None else {}),
         )
+    trainer.train_dataset = dataset
     for parameter in model.parameters():  # SFTTrainer casts adapters on a 4-bit base to bf16: small updates vanish
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()

@@ -190,6 +190,7 @@ def test_the_fine_tuned_table_has_the_rows_of_the_frozen_one(finished):
         "dann": "no target data",
         "dann_target": "unlabelled target",
         "group_dro": "no target data",
+        "mcd": "unlabelled target",
         "self_training": "unlabelled target",
         "tent": "unlabelled target",
         "few_labels_5": "few target labels",

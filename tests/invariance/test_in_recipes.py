@@ -24,6 +24,8 @@ TARGET = {"name": "synthetic_hospitals", "options": {"institutions": 4, "patient
         {"name": "dann", "target": TARGET},
         {"name": "cdan", "level": "token"},
         {"name": "group_dro"},
+        {"name": "mcd", "level": "token", "target": TARGET},
+        {"name": "self_training", "target": TARGET},
     ],
     ids=lambda objective: objective["name"],
 )
@@ -37,10 +39,10 @@ def test_ner_trains_with_an_objective_and_tags_without_it(tmp_path, objective):
     assert isinstance(tagger.predict(["No fever today."]), list)
 
 
-@pytest.mark.parametrize("name", ["cdan", "irm"])
+@pytest.mark.parametrize("name", ["cdan", "irm", "mcd", "self_training"])
 def test_coding_trains_with_an_objective_and_codes_without_it(tmp_path, name):
     options = {**SMALL, "baselines": [], "objective": {"name": name}, "chunk": 128, "max_tokens": 256}
-    if name == "cdan":
+    if name != "irm":
         options["objective"]["target"] = TARGET
     run = coding.run(load_config(coding.CONFIG, None, options), tmp_path / "run")
     assert run.manifest["objective"]["name"] == name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +16,7 @@ from clinical_nlp.config import CorpusConfig
 from clinical_nlp.errors import ConfigError, InputError, ModelError, TooFewPatientsError
 from clinical_nlp.invariance import OBJECTIVES
 from clinical_nlp.invariance.attachment import MarkedExamples, attach_objective, read_target
+from clinical_nlp.invariance.losses import reversal_strength
 from clinical_nlp.invariance.objectives import (
     LARGEST_OUTER,
     NEEDS,
@@ -26,7 +29,9 @@ from clinical_nlp.tasks import ner
 from clinical_nlp.training import checkpoints
 from clinical_nlp.training.trainer import EpochBatches, TrainingConfig, train, trainable_state
 
-NAMES = sorted(NEEDS)
+WITHOUT_GOLD = ("mcd", "self_training")
+"""Objectives that learn from notes without gold and from nothing else."""
+NAMES = sorted({*NEEDS} - {*WITHOUT_GOLD})
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +39,27 @@ def decoder(tmp_path_factory):
     return write_decoder(tmp_path_factory.mktemp("decoder"))
 
 
-def fit(output, model, objective=None, *, strategy="lora", resume=False, institutions=2, max_steps=6, **settings):
-    """Train a tagger on twelve notes of six patients in two institutions; return weights, without the objective's."""
+def fit(
+    output,
+    model,
+    objective=None,
+    *,
+    strategy="lora",
+    resume=False,
+    institutions=2,
+    max_steps=6,
+    blank=False,
+    **settings,
+):
+    """Train a tagger on twelve notes of six patients in two institutions; return weights, without the objective's.
+
+    `blank` takes the gold of the second institution away.
+    """
     base, tagger, windows = tagging(model, strategy)
+    if blank:
+        windows = [
+            replace(window, labels=[-100] * len(window.labels)) if window.note % 2 else window for window in windows
+        ]
     config = TrainingConfig(**{"epochs": 6, "batch_size": 4, "learning_rate": 1e-3, "save_steps": 3, **settings})
     collate = partial(ner.collate, pad_token_id=0)
     examples, terms, attached = windows, [], None
@@ -73,7 +96,7 @@ def same(first, second):
 
 
 def of(name, **settings):
-    level = "token" if name == "cdan" else settings.pop("level", "pooled")
+    level = "token" if name in ("cdan", "mcd") else settings.pop("level", "pooled")
     return ObjectiveConfig(name=name, level=level, **settings)
 
 
@@ -135,6 +158,58 @@ def test_it_trains_under_every_strategy(tmp_path, decoder, name, strategy):
     without, _ = fit(tmp_path / "b", decoder, strategy=strategy)
     assert with_it.keys() == without.keys()
     assert not same(with_it, without)
+
+
+@pytest.mark.parametrize("name", WITHOUT_GOLD)
+def test_what_learns_from_notes_without_gold_moves_the_model_and_resumes(tmp_path, decoder, monkeypatch, name):
+    erm, _ = fit(tmp_path / "erm", decoder, blank=True)
+    nothing, _ = fit(tmp_path / "nothing", decoder, of(name, weight=0.0, balanced=False), blank=True)
+    assert same(nothing, erm)
+    straight = fit(tmp_path / "a", decoder, of(name, balanced=False), blank=True)
+    assert not same(straight[0], erm)
+    assert bool(straight[1]) == (name == "mcd")
+    fit(tmp_path / "b", decoder, of(name, balanced=False), blank=True)
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "checkpoint-6")
+    (tmp_path / "b" / "manifest.json").unlink()
+    resumed = fit(tmp_path / "b", decoder, of(name, balanced=False), blank=True, resume=True)
+    assert same(straight[0], resumed[0])
+    assert same(straight[1], resumed[1])
+
+
+def test_the_heads_of_mcd_part_where_there_is_no_gold_and_the_state_closes_the_gap():
+    module = build_objective(of("mcd", weight=1.0), institutions="ab", patients=[4, 4], width=3, n_classes=2, seed=1)
+    module.n_steps = 10
+    state = torch.randn(6, 3, requires_grad=True)
+    label = torch.full((6,), -100)
+    module.penalty(state, torch.arange(6) % 2, label, 5).backward()
+    plain = state.detach().clone().requires_grad_(True)
+    first, second = (torch.softmax(head(plain), -1) for head in module.heads)
+    asked = [plain, *module.parameters()]
+    slopes = torch.autograd.grad((first - second).abs().mean(), asked)
+    assert torch.allclose(state.grad, reversal_strength(0.5) * slopes[0], atol=1e-7)
+    for value, slope in zip(module.parameters(), slopes[1:], strict=True):
+        assert torch.allclose(value.grad, -slope, atol=1e-7)
+    module.zero_grad()
+    gold = torch.tensor([0, 1, 0, 1, 0, 1])
+    found = module.penalty(state, torch.arange(6) % 2, gold, 5)
+    wanted = sum(torch.nn.functional.cross_entropy(head(state), gold) for head in module.heads)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def test_self_training_takes_the_surest_share_of_each_label():
+    module = build_objective(of("self_training", warmup=0.0), institutions="ab", patients=[4, 4], width=2, n_classes=2)
+    margin = torch.tensor([4.0, 3.0, 2.0, 1.0, -0.2, -0.1, 9.0])
+    logits = torch.stack([margin, torch.zeros(7)], 1).requires_grad_(True)
+    label = torch.tensor([-100, -100, -100, -100, -100, -100, 0])
+    module.penalty(torch.zeros(7, 2), torch.arange(7) % 2, label, 0, logits=logits).backward()
+    assert logits.grad.abs().sum(1).gt(0).tolist() == [True, True, False, False, True, False, False]
+    several = build_objective(
+        of("self_training", warmup=0.0, share=0.25), institutions="ab", patients=[4, 4], width=2, n_classes=2,
+        several_labels=True,
+    )  # fmt: skip
+    logits = torch.tensor([[3.0, -3.0], [1.0, -1.0], [2.0, -2.0], [0.5, -5.0]], requires_grad=True)
+    several.penalty(torch.zeros(4, 2), torch.arange(4) % 2, torch.full((4, 2), -100.0), 0, logits=logits).backward()
+    assert logits.grad.ne(0).tolist() == [[True, False], [False, False], [False, False], [False, True]]
 
 
 def test_weights_of_group_dro_follow_the_risks_and_are_in_the_checkpoint(tmp_path, decoder):
@@ -277,11 +352,32 @@ def test_examples_that_do_not_count_and_notes_without_gold():
         ({"name": "cdan"}, "lora", "ner", "objective.level=token"),
         ({"name": "mmd", "conditional": True}, "lora", "coding", "many codes"),
         ({"name": "cdan", "level": "token"}, "lora", "coding", "level=pooled"),
+        ({"name": "mcd"}, "lora", "coding", "name them with objective.target"),
+        ({"name": "self_training"}, "lora", "ner", "name them with objective.target"),
+        ({"name": "mcd", "target": CorpusConfig()}, "lora", "ner", "objective.level=token"),
+        ({"name": "mcd", "target": CorpusConfig(), "level": "token"}, "head", "ner", "strategy 'head' leaves it"),
+        ({"name": "self_training", "target": CorpusConfig(), "level": "token"}, "lora", "coding", "level=pooled"),
+        ({"name": "dann", "target": CorpusConfig()}, "lora", "pretraining", "put the notes into the corpus"),
+        ({"name": "cdan"}, "lora", "report", "use dann, mmd, coral, irm, vrex or group_dro"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_reason(settings, strategy, task, message):
     with pytest.raises(ConfigError, match=message):
         check_objective(ObjectiveConfig(**settings), StrategyConfig(name=strategy), task=task)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adda", "suite cross_institution.*use dann, cdan"), ("tent", "adapt_norms.*use self_training")],
+)
+def test_what_lives_elsewhere_is_said_with_the_alternatives(name, message):
+    from clinical_nlp.config import load_config
+    from clinical_nlp.recipes.ner import CONFIG
+
+    with pytest.raises(ConfigError, match=message) as found:
+        load_config(CONFIG, None, {"objective.name": name})
+    assert "\n" not in str(found.value)
+    assert "objective.name" in str(found.value)
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("group_dro", "lora"), ("dann", "gradual")])
