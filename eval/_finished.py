@@ -16,6 +16,7 @@ from clinical_nlp.models.loading import BaseModel, load_base, read_task
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.splitting import Split, split_patients, split_without_duplicates
 from clinical_nlp.recipe import find_recipe
+from clinical_nlp.reporting.tripod import corpus_record
 from clinical_nlp.runs import Estimate, Run
 from clinical_nlp.statistics.intervals import patient_bootstrap
 from clinical_nlp.tasks import ner, pretraining
@@ -59,6 +60,11 @@ class Subject:
     def patients(self) -> list[str]:
         """Patient of every note."""
         return list(self.corpus.notes["patient_id"].to_pylist())
+
+    def record(self) -> dict[str, Any]:
+        """Collect what a reader needs to judge an evaluation of the run; see `reporting.tripod`."""
+        parts = {"train": self.split.train, "development": self.split.development, "test": self.split.test}
+        return corpus_record(self.corpus, parts, judged=self.run.path)
 
     @cached_property
     def gold(self) -> list[list[ner.Span]]:

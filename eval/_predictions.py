@@ -15,6 +15,7 @@ from clinical_nlp.errors import InputError, MissingDataError, UsageError
 from clinical_nlp.eval._finished import read_subject
 from clinical_nlp.language.terminology.code_status import load_code_book
 from clinical_nlp.recipes import coding
+from clinical_nlp.reporting.tripod import corpus_record
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks import ner
 from clinical_nlp.tasks.coding import Coder
@@ -70,6 +71,7 @@ class Predicted:
     calibration: Items
     test: Items
     about: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def read_file(path: str, *, seed: int) -> Predicted:
@@ -185,6 +187,12 @@ class CodedRun:
         codes = self.coder.task.codes
         return np.array([[code in self.data.codes[row] for code in codes] for row in rows], dtype=bool)
 
+    def record(self) -> dict[str, Any]:
+        """Collect what a reader needs to judge an evaluation of the run; see `reporting.tripod`."""
+        documents = {"train": self.data.train, "development": self.data.development, "test": self.data.held_out}
+        parts = {name: [note for row in rows for note in self.data.notes[row]] for name, rows in documents.items()}
+        return corpus_record(self.data.corpus, parts, judged=self.path)
+
     def texts(self, rows: Sequence[int]) -> list[list[str]]:
         """Return the notes of documents."""
         return [self.data.texts(row) for row in rows]
@@ -200,7 +208,7 @@ def _coding(run: CodedRun, at_least: float) -> Predicted:
     about: dict[str, Any] = {"what": run.path, "item": "a code of a document", "split": run.data.split.describe()}
     model = "probabilities as the run gives them (Platt scaling on the same development patients)"
     about |= {"left_out": left_out, "model": model}
-    return Predicted(parts[0], parts[1], about)
+    return Predicted(parts[0], parts[1], about, run.record())
 
 
 def coded_items(run: CodedRun, rows: Sequence[int], probability: np.ndarray, at_least: float) -> tuple[Items, int]:
@@ -239,8 +247,9 @@ def _ner(path: str, at_least: float, corpus_path: str | None) -> Predicted:
             units.append(np.full(len(kept), row))
         joined = [np.concatenate(each) if each else np.zeros(0) for each in (values, gold, units)]
         parts.append(Items(joined[0], joined[1], tuple(patients), tuple(places), joined[2]))
-    about = {"what": path, "item": "a word, inside an entity or not", "split": subject.split.describe()}
-    return Predicted(parts[0], parts[1], about | {"left_out": left_out, "model": "probabilities as the run gives them"})
+    about: dict[str, Any] = {"what": path, "item": "a word, inside an entity or not", "split": subject.split.describe()}
+    about |= {"left_out": left_out, "model": "probabilities as the run gives them"}
+    return Predicted(parts[0], parts[1], about, subject.record())
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from clinical_nlp.eval._predictions import (
     read_run,
 )
 from clinical_nlp.progress import say
+from clinical_nlp.reporting.tripod import decisions, tripod_section
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.calibration import (
     abstention_curve,
@@ -114,6 +115,15 @@ def run(config: CalibrationConfig, output: Path, *, resume: bool = False) -> Run
             },
             "numbers": book.numbers,
             **book.tables,
+            "record": predicted.record
+            | {
+                "decisions": book.decisions,
+                "thresholds": [
+                    "an item is called there at probability 0.5, fixed in advance",
+                    f"a set holds every outcome of probability {max(0.0, 1 - book.tables['sets']['limit']):.3g} or "
+                    "more, chosen on the calibration patients, and abstains where it holds both or none",
+                ],
+            },
             "hidden": book.hidden,
         }
         write_json(run.path / "results.json", results)
@@ -126,7 +136,8 @@ def report(run: Run) -> str:
     """Render the page from `results.json`."""
     from clinical_nlp.reporting.calibration_page import calibration_page
 
-    return calibration_page(json.loads((run.path / "results.json").read_text("utf-8")))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return calibration_page(results, tripod_section(run, results))
 
 
 @dataclass
@@ -139,6 +150,7 @@ class Book:
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     hidden: list[str] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, estimate: Estimate, protocol: str, **more: Any) -> None:
         """Enter a number."""
@@ -174,6 +186,11 @@ def judge(book: Book, predicted: Predicted, sampled: tuple[Items, np.ndarray] | 
         found = coverage(sets(part.probability), part.gold, part.patients, part=place, seed=config.seed)
         book.add(f"{place}.coverage", found.covered, f"conformal sets for {100 * (1 - config.miss):g} %")
         book.add(f"{place}.set_size", found.size, "outcomes a conformal set holds")
+        held = sets(part.probability)
+        alone = np.where(held.sum(axis=1) == 1, held[:, 1].astype(float), math.nan)
+        said = (part.probability >= 0.5).astype(float)
+        book.decisions.append(decisions(f"{place}, at 0.5", part.gold, said, part.patients))
+        book.decisions.append(decisions(f"{place}, by sets", part.gold, alone, part.patients))
         book.tables["coverage"][place] = {"empty": found.empty, "undecided": found.undecided}
         book.tables["net_benefit"][place] = [
             asdict(point)

@@ -39,6 +39,7 @@ from clinical_nlp.invariance.objectives import NEEDS, ObjectiveConfig
 from clinical_nlp.models.embeddings import embed_notes
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.progress import progress, say
+from clinical_nlp.reporting.tripod import corpus_record, tripod_section
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.permutation import holm
 
@@ -146,6 +147,7 @@ def run(config: CrossInstitutionConfig, output: Path, *, resume: bool = False) -
             "numbers": book.numbers,
             "missing": book.missing,
             "targets": tables,
+            "record": _record(corpus, bench, tuner),
         }
         write_json(run.path / "results.json", results)
         run.note(inputs={"corpus": corpus.card.name, "n_notes": corpus.notes.num_rows}, trainings=bench.n_trainings)
@@ -159,7 +161,17 @@ def report(run: Run) -> str:
     """Render the page from `results.json`."""
     from clinical_nlp.reporting.cross_institution_page import cross_institution_page
 
-    return cross_institution_page(json.loads((run.path / "results.json").read_text("utf-8")))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return cross_institution_page(results, tripod_section(run, results))
+
+
+def _record(corpus: Corpus, bench: Bench, tuner: FineTuner | None) -> dict[str, Any]:
+    rows, encoder = np.array(bench.data.rows), bench.config.features.encoder
+    model = bench.config.fine_tuning.base_model if tuner is not None else None if encoder == "tfidf" else encoder
+    parts = {"trained on": rows[~bench.scored], "scored on": rows[bench.scored]}
+    return corpus_record(corpus, parts, judged=model, trained="trained on") | {
+        "thresholds": ["none: an AUC ranks notes; decisions of a finished run are judged by the suite calibration"]
+    }
 
 
 @dataclass
@@ -189,6 +201,7 @@ class Labelled:
     label: np.ndarray
     written: list[Any]
     left_out: int
+    rows: list[int] = field(default_factory=list)
 
 
 def read_notes(corpus: Corpus, config: CrossInstitutionConfig) -> Labelled:
@@ -233,7 +246,8 @@ def read_notes(corpus: Corpus, config: CrossInstitutionConfig) -> Labelled:
             "each patient one institution"
         )
     texts = [columns["text"][place] for place in kept]
-    return Labelled(texts, institution, patient, label, [columns["written_at"][p] for p in kept], len(keys) - len(kept))
+    written = [columns["written_at"][place] for place in kept]
+    return Labelled(texts, institution, patient, label, written, len(keys) - len(kept), kept)
 
 
 class Bench:

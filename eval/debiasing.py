@@ -22,6 +22,7 @@ from clinical_nlp.invariance.erasers import Eraser, EraserFitter, EraserName
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.schema import iter_notes
 from clinical_nlp.progress import say
+from clinical_nlp.reporting.tripod import corpus_record, tripod_section
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.probes import (
     Floor,
@@ -130,6 +131,7 @@ def run(config: DebiasingConfig, output: Path, *, resume: bool = False) -> Run:
             "path": path,
             "verdicts": verdicts(measured, config, ["raw", *erasers]),
         }
+        results["record"] = _record(config, corpus, sample, third)
         write_json(run.path / "results.json", results)
         run.note(inputs={"corpus": corpus.card.name, "n_notes": len(texts)})
     write_atomic(run.path / "report.html", report(run))
@@ -140,7 +142,8 @@ def report(run: Run) -> str:
     """Render the page from `results.json`."""
     from clinical_nlp.reporting.debiasing_page import debiasing_page
 
-    return debiasing_page(json.loads((run.path / "results.json").read_text("utf-8")))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return debiasing_page(results, tripod_section(run, results))
 
 
 # Patients and vectors -------------------------------------------------------------------------------------------------
@@ -176,6 +179,14 @@ def divide(sample: SampledNotes, seed: int) -> np.ndarray:
         for place, at in enumerate(generator.permutation(len(people))):
             part[people[at]] = place % 3
     return np.array([part[patient] for patient in sample.patient_ids])
+
+
+def _record(config: DebiasingConfig, corpus: Corpus, sample: SampledNotes, third: np.ndarray) -> dict[str, Any]:
+    keys = zip(corpus.notes["institution"].to_pylist(), corpus.notes["note_id"].to_pylist(), strict=True)
+    place = {key: row for row, key in enumerate(keys)}
+    rows = np.array([place[note.institution, note.note_id] for note in sample.notes])
+    parts = {name: rows[third == part] for part, name in enumerate(PARTS)}
+    return corpus_record(corpus, parts, judged=config.model, trained=PARTS[1])
 
 
 def _vectors(config: DebiasingConfig, texts: Sequence[str], third: np.ndarray, run: Run) -> tuple[np.ndarray, str]:

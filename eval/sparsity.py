@@ -26,6 +26,7 @@ from clinical_nlp.eval._predictions import CodedRun
 from clinical_nlp.language.sections import find_sections
 from clinical_nlp.notes.corpus import Corpus
 from clinical_nlp.progress import say
+from clinical_nlp.reporting.tripod import counted_decisions, tripod_section
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 from clinical_nlp.statistics.transferability import independent_difference
@@ -94,6 +95,8 @@ def run(config: SparsityConfig, output: Path, *, resume: bool = False) -> Run:
             "numbers": book.numbers,
             "findings": book.findings,
             "missing": book.missing,
+            "record": scored.record
+            | {"decisions": [counted_decisions("all text", scored.whole, len(set(scored.patients)))]},
         }
         write_json(run.path / "results.json", results)
         run.note(inputs={"run": config.run, "corpus": scored.corpus.card.name, "n_units": len(scored.patients)})
@@ -105,7 +108,8 @@ def report(run: Run) -> str:
     """Render the page from `results.json`."""
     from clinical_nlp.reporting.sparsity_page import sparsity_page
 
-    return sparsity_page(json.loads((run.path / "results.json").read_text("utf-8")))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return sparsity_page(results, tripod_section(run, results))
 
 
 # What is scored -------------------------------------------------------------------------------------------------------
@@ -127,6 +131,7 @@ class Scored:
     texts: Texts = field(repr=False)
     whole: np.ndarray = field(repr=False)
     again: Callable[[Texts, Sequence[int]], np.ndarray] | None = field(repr=False)
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def _coding(config: SparsityConfig) -> Scored:
@@ -143,7 +148,10 @@ def _coding(config: SparsityConfig) -> Scored:
     patients = [coded.data.patients[row] for row in rows]
     notes = [coded.data.notes[row] for row in rows]
     split, whole = coded.data.split.describe(), count(texts, range(len(rows)))
-    return Scored("coding", coded.data.unit, split, coded.data.corpus, patients, notes, texts, whole, count)
+    record = coded.record() | {
+        "thresholds": ["a code is proposed at the threshold that the run chose on development patients"]
+    }
+    return Scored("coding", coded.data.unit, split, coded.data.corpus, patients, notes, texts, whole, count, record)
 
 
 def _ner(config: SparsityConfig) -> Scored:
@@ -155,7 +163,11 @@ def _ner(config: SparsityConfig) -> Scored:
     patients = [subject.patients[row] for row in rows]
     texts = [[subject.texts[row]] for row in rows]
     notes = [[int(row)] for row in rows]
-    return Scored("ner", "note", subject.split.describe(), subject.corpus, patients, notes, texts, counts, None)
+    split, record = (
+        subject.split.describe(),
+        subject.record() | {"thresholds": ["the likeliest tags are taken; no threshold"]},
+    )
+    return Scored("ner", "note", split, subject.corpus, patients, notes, texts, counts, None, record)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------

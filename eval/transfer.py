@@ -39,6 +39,7 @@ from clinical_nlp.models.loading import load_base, read_task
 from clinical_nlp.notes.corpus import load_corpus
 from clinical_nlp.progress import say
 from clinical_nlp.recipe import find_recipe
+from clinical_nlp.reporting.tripod import tripod_section
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 from clinical_nlp.statistics.transferability import (
@@ -174,6 +175,7 @@ def run(config: TransferConfig, output: Path, *, resume: bool = False) -> Run:
             "numbers": book.numbers,
             "trainings": arms.account(),
             "ranking": ranking,
+            "record": subject.record(),
         }
         write_json(run.path / "results.json", results)
         run.note(inputs={"run": str(config.run), "corpus": subject.corpus.card.name}, trainings=len(arms.trained))
@@ -185,7 +187,8 @@ def report(run: Run) -> str:
     """Render the page from `results.json`."""
     from clinical_nlp.reporting.transfer_page import transfer_page
 
-    return transfer_page(json.loads((run.path / "results.json").read_text("utf-8")))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return transfer_page(results, tripod_section(run, results))
 
 
 # The book: numbers and what follows from them -------------------------------------------------------------------------

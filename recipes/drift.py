@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from clinical_nlp.config import validate
 from clinical_nlp.errors import InputError, UsageError, nearest
+from clinical_nlp.notes.corpus import corpus_module
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.progress import progress, say
 from clinical_nlp.reporting.drift_results import (
@@ -27,10 +29,12 @@ from clinical_nlp.reporting.drift_results import (
     profiled_institutions,
     sampled_institutions,
 )
+from clinical_nlp.reporting.tripod import judged_run, notes_record, text_origin, tripod_section
 from clinical_nlp.runs import Run, file_digest, write_atomic, write_json
 from clinical_nlp.statistics.clinical_units import measure
 from clinical_nlp.statistics.comparison import (
     FEWEST_PATIENTS,
+    LEVEL,
     SMALLEST_CELL,
     Comparison,
     Gold,
@@ -75,6 +79,7 @@ class DriftConfig(ExportConfig):
 CONFIG = DriftConfig
 
 _EMBEDDED_AT_ONCE = 1024
+_LEVELS = [f"a difference is claimed at p {LEVEL} after Holm; fixed in advance"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
             )
         comparisons = decide(comparisons)
         results = _results(config, sample, account, reference, comparisons, n_permutations)
+        results["record"] = _record(config, sample)
         _finish(run, comparisons, results)
         if run.checkpoints.exists():
             for file in sorted(run.checkpoints.glob("*.npy")):
@@ -237,6 +243,7 @@ def _analyse_profiles(config: DriftConfig, run: Run, profiled: Sequence[Path]) -
         "reference": reference,
         "institutions": profiled_institutions(profiles),
         "comparisons": [comparison_entry(item) for item in comparisons],
+        "record": {"judged": None, "trained": "Nothing is trained.", "thresholds": _LEVELS},
     }
     _finish(run, comparisons, results)
     return Results(run, tuple(comparisons))
@@ -246,7 +253,8 @@ def report(run: Run) -> str:
     """Render the page from `results.json`."""
     from clinical_nlp.reporting.drift_page import drift_page
 
-    return drift_page(json.loads((run.path / "results.json").read_text("utf-8")))
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return drift_page(results, tripod_section(run, results))
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------
@@ -364,6 +372,29 @@ def _protocol(config: DriftConfig) -> dict[str, Any]:
         "seed": config.seed,
         "from_profiles": False,
     }
+
+
+def _record(config: DriftConfig, sample: SampledNotes) -> dict[str, Any]:
+    """Collect what a reader needs to judge the comparison; small institutions stand together, or not at all."""
+    columns: dict[str, list[Any]] = {"patient_id": list(sample.patient_ids)}
+    for name in ("text_sha256", "written_at", "note_type", "encounter_id"):
+        columns[name] = [getattr(note, name) for note in sample.notes]
+    names = np.array(sample.institutions)
+    kept = {name for name, count in sample.n_patients.items() if count >= SMALLEST_CELL}
+    parts = {name: np.flatnonzero(names == name) for name in sorted(kept)}
+    rest = np.array([name not in kept for name in sample.institutions])
+    if len({sample.patient_ids[row] for row in np.flatnonzero(rest)}) >= SMALLEST_CELL:
+        parts["small institutions together"] = np.flatnonzero(rest)
+    record = {
+        "notes": notes_record(pa.table(columns), parts),
+        "trained": "Nothing is trained but the cross-fitted domain classifiers, which score other patients than they "
+        "were fitted on.",
+        "judged": None if config.model is None else judged_run(config.model),
+        "thresholds": _LEVELS,
+    }
+    if not config.sources:
+        record["open_text"] = text_origin(corpus_module(config.corpus.name).CARD)
+    return record
 
 
 def _results(

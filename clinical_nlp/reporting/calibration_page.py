@@ -12,7 +12,7 @@ _NAN = float("nan")
 _EVERYWHERE = "all institutions"
 
 
-def calibration_page(results: dict[str, Any]) -> str:
+def calibration_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `eval.calibration`; they hold no note text, and neither does the page."""
     protocol, about = results["protocol"], results["about"]
     places = list(results["bins"])
@@ -26,6 +26,7 @@ def calibration_page(results: dict[str, Any]) -> str:
         _abstention(results),
         _numbers(results, places),
         _method(results),
+        judging,
     ]
     return page(
         "Can the probabilities be acted on?",

@@ -22,7 +22,7 @@ _LABELS = {
 }
 
 
-def cross_institution_page(results: dict[str, Any]) -> str:
+def cross_institution_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `eval.cross_institution`; they hold no note text, and neither does the page."""
     corpus, label = results["corpus"], results["label"]
     sections = [Section("Does it hold at the next institution?", [*_verdicts(results), _not_claimed(results)])]
@@ -30,7 +30,7 @@ def cross_institution_page(results: dict[str, Any]) -> str:
         sections.append(_held_out(results, table, f"held_out.{table['target']}"))
         if tuned := table.get("fine_tuned"):
             sections.append(_held_out(results, {**table, **tuned}, f"fine_tuned.{table['target']}"))
-    sections += [_matrix(results), _temporal(results), _flow(results), _method(results)]
+    sections += [_matrix(results), _temporal(results), _flow(results), _method(results), judging]
     return page(
         "Across institutions",
         sections,

@@ -25,7 +25,7 @@ _STATES = {
 _SHAPES = {"plateau": "plateau", "rising": "still rises", "not shown": "plateau not shown"}
 
 
-def debiasing_page(results: dict[str, Any]) -> str:
+def debiasing_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `eval.debiasing`; they hold no note text, and neither does the page."""
     protocol, corpus = results["protocol"], results["corpus"]
     sections = [
@@ -35,6 +35,7 @@ def debiasing_page(results: dict[str, Any]) -> str:
         _table(results),
         _other_views(results),
         _method(results),
+        judging,
     ]
     places = ", ".join(protocol["institutions"])
     return page(

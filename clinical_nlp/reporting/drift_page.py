@@ -47,7 +47,7 @@ _QUESTIONS = {
 _ANSWERS = {"changed": "yes", "changed_if": "yes, if", "not_found": "not found", "cannot_tell": "cannot tell"}
 
 
-def drift_page(results: dict[str, Any]) -> str:
+def drift_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `recipes.drift`; they hold no note text, and neither does the page."""
     comparisons = results["comparisons"]
     answers: list[Any] = [_answer(item) for item in comparisons]
@@ -62,7 +62,7 @@ def drift_page(results: dict[str, Any]) -> str:
         sections.append(_questions(item))
         sections.append(_details(item, results["protocol"]))
     sections = [section for section in sections if section.blocks]
-    sections += [_compared(results), _method(results)]
+    sections += [_compared(results), _method(results), judging]
     names = f"{results['reference']} against " + ", ".join(item["other"] for item in comparisons)
     protocol = results["protocol"]
     return page(

@@ -12,7 +12,7 @@ _NAN = float("nan")
 _STATES = {"worse": "worse", "no worse": "no worse within the margin", "not shown": "not shown either way"}
 
 
-def sparsity_page(results: dict[str, Any]) -> str:
+def sparsity_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `eval.sparsity`; they hold no note text, and neither does the page."""
     run, protocol = results["run"], results["protocol"]
     sections = [
@@ -21,6 +21,7 @@ def sparsity_page(results: dict[str, Any]) -> str:
         _completeness(results),
         _groups(results),
         _method(results),
+        judging,
     ]
     return page(
         "What if text is missing, and for whom?",

@@ -29,13 +29,13 @@ _BEGINNINGS = {
 _SCORES = {"logme": "LogME", "h_score": "H-score", "leep": "LEEP"}
 
 
-def transfer_page(results: dict[str, Any]) -> str:
+def transfer_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `eval.transfer`; they hold no note text, and neither does the page."""
     run, protocol = results["run"], results["protocol"]
     sections = [Section("What is a problem", [*_verdicts(results), _not_claimed(results)])]
     builders = (_forgetting, _negative_transfer, _overfitting, _learning_curve, _ranking)
     sections += [section for build in builders if (section := build(results)) is not None]
-    sections += [_trainings(results), _method(results)]
+    sections += [_trainings(results), _method(results), judging]
     return page(
         "Did the transfer work?",
         sections,

@@ -19,6 +19,7 @@ from clinical_nlp.notes.schema import PATIENT_SCHEMA, Note, notes_table
 from clinical_nlp.recipe import execute, find_recipe
 from clinical_nlp.recipes import coding
 from clinical_nlp.reporting.sparsity_page import sparsity_page
+from clinical_nlp.reporting.tripod import tripod_section
 
 
 def settings(**options):
@@ -139,4 +140,13 @@ def test_a_coding_run_from_the_command_on(tmp_path):
         assert entry["low"] is not None or entry["note"], name
     html = (run.path / "report.html").read_text("utf-8")
     assert "What is shown" in html
-    assert sparsity_page(found) == html
+    record = found["record"]
+    parts = {part["part"]: part["n_patients"] for part in record["notes"]["parts"]}
+    assert parts["test"] == found["protocol"]["n_patients"]
+    assert record["notes"]["overlap"]["patients"] == 0
+    made = record["decisions"][0]
+    right, said = made["true_positives"], made["true_positives"] + made["false_positives"]
+    f1 = 2 * right / (said + right + made["false_negatives"])
+    assert f1 == pytest.approx(scored, abs=1e-6)
+    assert "Known: coding on synthetic_hospitals" in html
+    assert sparsity_page(found, tripod_section(run, found)) == html

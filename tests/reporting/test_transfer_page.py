@@ -7,7 +7,10 @@ import re
 
 import pytest
 
+from clinical_nlp.reporting.page import Section, Text
 from clinical_nlp.reporting.transfer_page import transfer_page
+
+JUDGING = Section("For judging", [Text("asked for")])
 
 
 def entry(value, low=None, high=None, note="", protocol="strict micro-F1", **more):
@@ -132,7 +135,7 @@ def words(html):
 
 
 def test_the_page_begins_with_what_is_a_problem_each_with_figure_interval_and_rule():
-    text = words(transfer_page(RESULTS))
+    text = words(transfer_page(RESULTS, JUDGING))
     begin = text[text.index("What is a problem") : text.index("Forgetting: what was measured")]
     for shown in (
         "A problem: forgetting, negative transfer. Not shown either way: overfitting. No problem within the margin: ",
@@ -151,14 +154,14 @@ def test_the_page_begins_with_what_is_a_problem_each_with_figure_interval_and_ru
 
 
 def test_three_candidates_are_said_to_show_nothing_and_a_wrong_choice_is_priced():
-    text = words(transfer_page(RESULTS))
+    text = words(transfer_page(RESULTS, JUDGING))
     assert "LogME puts runs/dapt first; after training builtin:tiny scored best, 0.0700 more (0.0300 to 0.110)" in text
     assert "With 3 candidates chance alone gives a perfect order in 17 of 100 cases" in text
     assert text.count("LEEP is not measured, because it has no head (runs/dapt, builtin:tiny, random weights).") == 1
 
 
 def test_nothing_is_loaded_and_everything_is_escaped():
-    html = transfer_page(RESULTS)
+    html = transfer_page(RESULTS, JUDGING)
     assert "<b>failed" not in html
     assert not re.search(r"""(src|href)\s*=|url\(|@import|<link|<script""", html)
 
@@ -166,9 +169,11 @@ def test_nothing_is_loaded_and_everything_is_escaped():
 @pytest.mark.parametrize("value", [None, 0.0])
 def test_a_run_that_learnt_nothing_is_told_first(value):
     results = copy.deepcopy(RESULTS)
-    assert "has learnt nothing" not in words(transfer_page(results))
+    assert "has learnt nothing" not in words(transfer_page(results, JUDGING))
     results["run"]["score"] = value
-    assert words(transfer_page(results)).index("has learnt nothing") < words(transfer_page(results)).index("Forgetting")
+    assert words(transfer_page(results, JUDGING)).index("has learnt nothing") < words(
+        transfer_page(results, JUDGING)
+    ).index("Forgetting")
 
 
 def test_the_page_of_nothing_measured_and_of_undefined_figures():
@@ -176,7 +181,7 @@ def test_the_page_of_nothing_measured_and_of_undefined_figures():
     for part in results["verdicts"]:
         results["verdicts"][part] = verdict("not measured", found("", "not measured", reason="it was left out"))
     results |= {"numbers": {}, "trainings": [], "ranking": None}
-    text = words(transfer_page(results))
+    text = words(transfer_page(results, JUDGING))
     assert text.count("not measured, because it was left out") == 0
     assert text.count("Not measured, because it was left out.") == 4
     assert "Nothing was trained again." in text
@@ -185,7 +190,7 @@ def test_the_page_of_nothing_measured_and_of_undefined_figures():
     for number in results["numbers"].values():
         number |= {"value": None, "low": None, "high": None, "note": "undefined: nothing to count"}
     results["ranking"]["agreement"][0]["tau"] = None
-    assert "undefined" in words(transfer_page(results))
+    assert "undefined" in words(transfer_page(results, JUDGING))
 
 
 def test_a_dapt_run_is_told_in_perplexity():
@@ -194,7 +199,7 @@ def test_a_dapt_run_is_told_in_perplexity():
     results["verdicts"]["overfitting"]["rule"] = "Above {gap:g}."
     results["numbers"]["overfitting.gap_train"] = entry(1.07, 1.02, 1.12, protocol="pseudo-perplexity of the run")
     results["numbers"]["overfitting.train"] = entry(8.0, 7.5, 8.5, protocol="pseudo-perplexity of the run")
-    text = words(transfer_page(results))
+    text = words(transfer_page(results, JUDGING))
     assert "learnt nothing" not in text
     assert "Pseudo-perplexity is 8.00 on training" in text
     assert "after / before is 1.07 times as high on new as on training patients" in text
