@@ -120,7 +120,7 @@ def _vocabulary() -> dict[str, Any]:
 
     def add(name: str, kind: str, key: str, *, abbreviation: bool = False) -> None:
         words = [word.lower() for word in _words(name)]
-        kept = [word for word in words if word not in FREE] or words
+        kept = words if abbreviation else [word for word in words if word not in FREE] or words
         node = root
         for word in kept:
             node = node.setdefault(_stem(word), {})
@@ -216,6 +216,31 @@ def names_of(name: str) -> frozenset[str]:
     terminology = _annotator().terminology
     texts = [n.text for n in terminology.names(name)] if name in terminology else [name]
     return frozenset(_stem(word.lower()) for text in texts for word in _words(text) if word.isalpha())
+
+
+@lru_cache(maxsize=20_000)
+def initials_of(name: str) -> frozenset[str]:
+    """Return what every name of a concept is shortened to: the first letters of its words, in lower case."""
+    terminology = _annotator().terminology
+    texts = [n.text for n in terminology.names(name)] if name in terminology else [name]
+    rows = [[word.lower() for word in _words(text) if word.isalpha()] for text in texts]
+    rows += [[word for word in row if word not in FREE] for row in rows]
+    return frozenset("".join(word[0] for word in row) for row in rows if len(row) > 1)
+
+
+@lru_cache(maxsize=1)
+def _abbreviations() -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for row in _rows("findings.csv"):
+        found.setdefault(_exact(row["name"]) or row["name"], set()).update(_split(row["abbreviations"].lower()))
+    for row in _rows("procedures.csv"):
+        found.setdefault(row["name"], set()).update(_split(row["abbreviations"].lower()))
+    return {name: frozenset(forms - _NEVER_ALONE - FREE) for name, forms in found.items()}
+
+
+def abbreviations_of(name: str) -> frozenset[str]:
+    """Return the abbreviations that the tables have for a concept, in lower case, without those that are words."""
+    return _abbreviations().get(name, frozenset())
 
 
 @lru_cache(maxsize=1)
@@ -509,7 +534,9 @@ def _look_up(
             for entry in node.get("", ()):
                 if _fits(text, tokens, at, look, entry, one_case[at]):
                     best = (look, entry)
-            while look < count and (tokens[look].text in FREE or tokens[look].text in _INSIDE):
+            while look < count and (
+                tokens[look].text in _INSIDE or (tokens[look].text in FREE and tokens[look].stem not in node)
+            ):
                 look += 1
             if look < count and tokens[look].text == "\n":
                 look += 1

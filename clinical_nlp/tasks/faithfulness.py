@@ -19,7 +19,9 @@ import numpy as np
 
 from clinical_nlp.language.facts import (
     Fact,
+    abbreviations_of,
     broader,
+    initials_of,
     is_clinical,
     is_plain,
     names_of,
@@ -114,6 +116,8 @@ class _Text:
     keys: tuple[tuple[str, ...], ...]  # the words of each sentence
     words: tuple[frozenset[str], ...]  # the stems of each sentence
     stems: tuple[frozenset[str], ...]  # with those of the other names of its concepts
+    letters: tuple[frozenset[str], ...]  # short words of each sentence that are no concept and no plain word
+    read: frozenset[str]  # concepts as they are written
     all_stems: frozenset[str]
     values: frozenset[float]
 
@@ -125,18 +129,25 @@ def _read(text: str) -> _Text:
     starts = [start for start, _ in sentences]
     words: list[list[str]] = [[] for _ in sentences]
     stems: list[set[str]] = [set() for _ in sentences]
+    letters: list[set[str]] = [set() for _ in sentences]
+    facts = read_facts(written)
+    concepts = [fact for fact in facts if fact.kind not in ("phrase", "number")]
+    starts_of, ends_of = [fact.start for fact in concepts], [fact.end for fact in concepts]
     for token in tokens_of(text):
         at = bisect_right(starts, token.start) - 1
         if at >= 0 and token.stem:
             if not words[at] and token.text.isdigit() and text[token.end : token.end + 1] in (".", ")"):
                 continue  # the number of a list item
-            words[at].append(token.text)
+            joined = token.text in ("l", "r") and _JOINED.match(text, token.end) is not None
+            words[at].append(token.text + "-" * joined)
             stems[at].add(token.stem)
+            before = bisect_right(starts_of, token.start) - 1
+            if 1 < len(token.text) < 6 and token.text.isalpha() and not is_plain(token.text) and not (
+                before >= 0 and token.start < ends_of[before]
+            ):  # fmt: skip
+                letters[at].add(token.text)
     plain = tuple(frozenset(found) for found in stems)
     said, numbers = [], []
-    facts = read_facts(written)
-    concepts = [fact for fact in facts if fact.kind not in ("phrase", "number")]
-    starts_of, ends_of = [fact.start for fact in concepts], [fact.end for fact in concepts]
     for fact in facts:
         at = max(0, bisect_right(starts, fact.start) - 1)
         if fact.kind == "number":
@@ -148,6 +159,13 @@ def _read(text: str) -> _Text:
             whose = "open"
         if sentences and text[sentences[at][1] - 1] == "?":  # asked, not said
             whose = "open"
+        if (
+            fact.kind == "finding"
+            and state == "affirmed"
+            and sentences
+            and _carried_by(text, sentences[at], fact.start)
+        ):
+            whose = "open"
         own = _content(fact)
         attached = False
         if fact.kind == "phrase":
@@ -158,8 +176,24 @@ def _read(text: str) -> _Text:
         if fact.kind != "phrase":
             stems[at] |= names_of(fact.name)
     sets = tuple(frozenset(found) for found in stems)
-    return _Text(tuple(said), tuple(numbers), tuple(sentences), tuple(map(tuple, words)), plain, sets,
-                 frozenset().union(*sets), frozenset(values_in(text)))  # fmt: skip
+    return _Text(
+        said=tuple(said), numbers=tuple(numbers), spans=tuple(sentences), keys=tuple(map(tuple, words)), words=plain,
+        stems=sets, letters=tuple(map(frozenset, letters)), read=frozenset(fact.label.lower() for fact in concepts),
+        all_stems=frozenset().union(*sets), values=frozenset(values_in(text)),
+    )  # fmt: skip
+
+
+_JOINED = re.compile(r"-(?!sided)", re.IGNORECASE)
+_CARRIER = re.compile(r"(?<!\w)(?:he|she|they|patient|pt|client|resident)\s+([^\W\d_]+(?:s|ed))\s", re.IGNORECASE)
+
+
+def _carried_by(text: str, sentence: tuple[int, int], start: int) -> bool:
+    """Whether a verb that is not known carries what stands at `start`: `he disclaims fever` affirms nothing."""
+    for found in _CARRIER.finditer(text, sentence[0], start):
+        verb = found[1].lower()
+        if not is_plain(verb) and not any(is_clinical(token.stem) for token in tokens_of(verb)):
+            return True
+    return False
 
 
 _BREAK = re.compile(r"[,;:.()|]|\b(?:and|or|but|nor)\b", re.IGNORECASE)
@@ -224,6 +258,7 @@ def _distinct(text: _Text) -> list[_Said]:
 
 def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> dict[str, object]:
     rest_made, rest_wanted = _without_shared(made, wanted)
+    shared = set(made.keys) & set(wanted.keys)
     flipped: list[tuple[Fact, Fact]] = []
     sides: list[tuple[Fact, Fact]] = []
     new: list[_Said] = []
@@ -231,10 +266,13 @@ def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> 
     again_made: list[_Said] = []
     again_wanted: list[_Said] = []
     names = dict.fromkeys(s.fact.name for s in (*rest_made, *rest_wanted) if s.fact.kind != "phrase")
+    left: dict[str, tuple[list[_Said], list[_Said]]] = {}
     for name in names:
         own = [s for s in rest_made if s.fact.name == name]
         theirs = [s for s in rest_wanted if s.fact.name == name]
-        own, theirs = _pair_off(own, theirs, sides)
+        left[name] = _pair_off(own, theirs, sides)
+    _pair_near(left)
+    for own, theirs in left.values():
         for said in tuple(own):
             turned = next((other for other in theirs if _opposite(said, other)), None)
             if turned is not None:
@@ -246,10 +284,13 @@ def _against_reference(made: _Text, wanted: _Text, compared: dict[str, int]) -> 
         again_made += _unpaired(own, wanted, flipped, new, swap=False)
         again_wanted += _unpaired(theirs, made, flipped, lost, swap=True)
     _relate(new, lost, again_made, again_wanted, flipped)
-    shared = set(made.keys) & set(wanted.keys)
-    new = [said for said in new if not _worded(said, wanted, shared)]
-    lost = [said for said in lost if not _worded(said, made, shared)]
+    new = [s for s in new if made.keys[s.sentence] not in shared and not _worded(s, wanted, shared)]
+    lost = [s for s in lost if wanted.keys[s.sentence] not in shared and not _worded(s, made, shared)]
+    new, explained = _without_initials(new, wanted, shared)
+    lost, explained_made = _without_initials(lost, made, shared)
     more, less = _phrases(rest_made, rest_wanted, made, wanted, flipped, sides)
+    more = [said for said in more if said.fact.label.lower() not in explained_made]
+    less = [said for said in less if said.fact.label.lower() not in explained]
     _reworked(made, wanted, flipped, sides)
     numbers, numbers_new, numbers_lost, numbers_compared = _numbers(made, wanted)
     generated, reference = _distinct(made), _distinct(wanted)
@@ -310,6 +351,19 @@ def _pair_off(own: list[_Said], theirs: list[_Said], sides: list[tuple[Fact, Fac
     return own, theirs
 
 
+def _pair_near(left: dict[str, tuple[list[_Said], list[_Said]]]) -> None:
+    """Pair what is left of a concept with what is left of a broader or narrower one, where both say the same of it."""
+    for name in left:
+        for said in tuple(left[name][0]):
+            near = (
+                left[other][1] for other in left if other != name and (other in broader(name) or name in broader(other))
+            )
+            found = next(((pool, other) for pool in near for other in pool if _alike(said, other)), None)
+            if found is not None:
+                left[name][0].remove(said)
+                found[0].remove(found[1])
+
+
 def _unpaired(
     rest: list[_Said], text: _Text, flipped: list[tuple[Fact, Fact]], new: list[_Said], *, swap: bool
 ) -> list[_Said]:
@@ -362,6 +416,28 @@ def _worded(said: _Said, text: _Text, shared: Collection[tuple[str, ...]] = ()) 
     """Whether one sentence of the other text, none of the `shared` ones, holds all words of a concept."""
     own = {token.stem for token in tokens_of(said.fact.label.lower()) if token.stem and token.text not in FREE}
     return bool(own) and any(own <= w for w, key in zip(text.words, text.keys, strict=True) if key not in shared)
+
+
+def _without_initials(
+    rest: list[_Said], text: _Text, shared: Collection[tuple[str, ...]]
+) -> tuple[list[_Said], frozenset[str]]:
+    """Leave out concepts whose initials stand in a changed sentence of the other text and are read as nothing there.
+
+    An abbreviation of the tables may be a word that is not read as one without its capitals (`cap`).
+
+    Returns
+    -------
+    The other concepts, and the initials that were found.
+    """
+    changed = [at for at, key in enumerate(text.keys) if key not in shared]
+    letters = frozenset().union(*(text.letters[at] for at in changed))
+    words = frozenset().union(*(text.keys[at] for at in changed)) - text.read
+    found = [
+        (letters & (initials_of(said.fact.name) | initials_of(said.fact.label)))
+        | (words & abbreviations_of(said.fact.name))
+        for said in rest
+    ]
+    return [said for said, own in zip(rest, found, strict=True) if not own], frozenset().union(*found)
 
 
 def _phrases(

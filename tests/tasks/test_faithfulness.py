@@ -55,7 +55,7 @@ def test_harmless_rewording_is_not_flagged(bank, seed):
     content, pools, random = load_content(bank), drawn(bank, seed), Random(seed)
     layout = ("identical", "sentence_order", "wrapping", "bullets", "case")
     kinds = [("short", kind) for kind in (*layout, "naming", "template")]
-    kinds += [("note", "identical"), ("note", "wrapping"), ("note", "headers"), ("note", "case")]
+    kinds += [("note", kind) for kind in ("identical", "wrapping", "headers", "case", "naming", "template")]
     counts = {key: flagged(pools[key[0]], key[1], reword, content, 25, random) for key in kinds}
     found, done = (sum(values) for values in zip(*counts.values(), strict=True))
     assert done > 200
@@ -90,6 +90,12 @@ def test_harmless_rewording_is_not_flagged(bank, seed):
         ("Cough. Underwent a Whipple.", "Cough.", "added"),
         ("Gout.", "Gout. There is a subcentimeter splenule.", "dropped"),
         ("Gout.", "Gout. Hearing voices.", "dropped"),
+        ("NS was given. Night sweats are present.", "NS was given.", "added"),
+        ("DOE has cleared.", "Difficulty breathing persists.", "flipped"),
+        ("He forswears weight loss.", "He forswears no weight loss.", "flipped"),
+        ("He has florid pneumonia.", "No pneumonia.", "flipped"),
+        ("Mother has diabetes. Diabetes. No fever.", "Mother has diabetes. No fever.", "flipped"),
+        ("Request L hip MRI.", "Request R hip MRI.", "sides"),
     ],
 )
 def test_clinical_errors_are_named(generated, reference, kind):
@@ -114,6 +120,14 @@ def test_clinical_errors_are_named(generated, reference, kind):
         ("Cough is gone.", "Cough has resolved."),
         ("swelling in both legs", "Bilateral leg swelling."),
         ("The effusoin is small.", "Small effusion."),
+        ("Denies night sweats.", "Denies NS."),
+        ("Will consider cap.", "Will consider lung infection."),
+        ("ST. BRIGID HOSPITAL\nFEVER.", "St. Brigid Hospital\nFever."),
+        ("S/p T&A.", "Status post tonsillectomy."),
+        ("DOE has cleared. Breathlessness since.", "Difficulty breathing has cleared. Shortness of breath since."),
+        ("She acknowledges hardly holding it.", "She mentions hardly holding it."),
+        ("Never had weight loss.", "He forswears weight loss."),
+        ("Request spine MRI.", "Request L-spine MRI."),
     ],
 )
 def test_the_same_in_other_words_is_no_error(generated, reference):
