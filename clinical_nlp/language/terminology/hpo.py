@@ -17,6 +17,9 @@ ROOT = "HP:0000118"
 
 INHERITANCE, ONSET, VARIABILITY = "HP:0000005", "HP:0003674", "HP:0003812"
 
+MECHANISMS = ("HP:0032382", "HP:0034338")
+"""Uniparental disomy and imprinting: HPO files them under inheritance, and a text speaks of a locus by them."""
+
 _SYNONYM = re.compile(r'synonym: "((?:[^"\\]|\\.)*)" (EXACT|NARROW|BROAD|RELATED)(?: (\S+))? \[')
 
 
@@ -113,10 +116,14 @@ def read_obographs(path: Path, *, name: str | None = None) -> Terminology:
 
 
 def widened(terminology: Terminology) -> Terminology:
-    """Return the same release with inheritance, onset and variability among what is looked for."""
-    extra = {i for i in (VARIABILITY, *terminology.descendants(VARIABILITY)) if i in terminology}
+    """Return the same release with inheritance, onset and variability among what is looked for.
+
+    Mode of inheritance itself is among them too: HPO has merged genetic heterogeneity and familial occurrence into it.
+    """
+    extra = {i for i in (INHERITANCE, VARIABILITY, *terminology.descendants(VARIABILITY)) if i in terminology}
+    left = {i for mechanism in MECHANISMS for i in (mechanism, *terminology.descendants(mechanism))}
     roots = tuple(i for i in (ROOT, INHERITANCE, ONSET) if i in terminology)
-    return replace(terminology, roots=roots, matched=frozenset(extra))
+    return replace(terminology, roots=roots, matched=frozenset(extra), unmatched=terminology.unmatched | left)
 
 
 def _curie(iri: str) -> str:

@@ -5,6 +5,7 @@ Every rule works on the terminology's own names, so nothing is found that the te
 - a part of the body with an abnormality is also written `X malformation`, `X involvement`, `lesions of X`;
 - what one concept is called may stand inside the names of those below it (`renal aplasia` is a synonym of renal
   agenesis, so unilateral renal agenesis is also unilateral renal aplasia);
+- an anomaly, a malformation, a defect are one thing at the end of a name, and so are a disorder and a disturbance;
 - a blood test is named without `circulating` and `concentration`;
 - phrases of one meaning (`phrases.csv`).
 """
@@ -30,6 +31,11 @@ _HEADS = ("abnormality",)
 _SHAPE_HEADS = ("malformation", "defect", "deformity", "lesion", "involvement", "manifestation")
 _FIXED_HEADS = ("change", "problem", "dysfunction", "impairment")
 """Only right after the part: `bowel problems`, but not `a change in bowel habits`."""
+_EXCHANGED = (
+    ("abnormality", "malformation", "defect"),
+    ("abnormality", "disorder", "dysfunction"),
+)
+"""Last words that say the same of what stands before them."""
 _OF_BLOOD = re.compile(r"\bcirculating | in (?:the )?(?:blood|serum|plasma)$", re.IGNORECASE)
 _AMOUNT = re.compile(r" (?:concentrations?|levels?|activity)$", re.IGNORECASE)
 """What a name says of a blood test and a clinician does not."""
@@ -46,6 +52,8 @@ def variations(terminology: Terminology, ids: Iterable[str]) -> Iterator[tuple[s
                 continue
             for text, fixed in _abnormal(name.text):
                 yield concept_id, Name(text, "broad"), fixed
+            for text in _ended(name.text):
+                yield concept_id, Name(text, "broad"), True
             for pattern, other in phrases:
                 if pattern.search(name.text):
                     yield concept_id, Name(pattern.sub(other, name.text), "exact"), False
@@ -64,6 +72,16 @@ def _abnormal(text: str) -> Iterator[tuple[str, bool]]:
         if not found["shape"]:
             for head in _FIXED_HEADS:
                 yield f"{found['part']} {head}", True
+
+
+def _ended(text: str) -> Iterator[str]:
+    """Yield `ossicular anomaly` for `ossicular malformation`."""
+    before, _, last = text.rpartition(" ")
+    head = light(last)
+    if before and " of " not in text:
+        for heads in _EXCHANGED:
+            if head in map(light, heads):
+                yield from (f"{before} {other}" for other in heads if light(other) != head)
 
 
 def _measured(text: str) -> str:
