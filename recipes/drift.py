@@ -386,7 +386,7 @@ def _record(config: DriftConfig, sample: SampledNotes) -> dict[str, Any]:
     if len({sample.patient_ids[row] for row in np.flatnonzero(rest)}) >= SMALLEST_CELL:
         parts["small institutions together"] = np.flatnonzero(rest)
     record = {
-        "notes": notes_record(pa.table(columns), parts),
+        "notes": notes_record(pa.table(columns), parts) | {"n_notes_unused": None},
         "trained": "Nothing is trained but the cross-fitted domain classifiers, which score other patients than they "
         "were fitted on.",
         "judged": None if config.model is None else judged_run(config.model),

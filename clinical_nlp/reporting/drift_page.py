@@ -30,8 +30,8 @@ _UNITS = {
     "units": "largest |t| of all units",
     "utilisation": "times as many notes a patient",
     "mlp_classifier": "AUC, 0.5 is chance",
-    "coral": "squared distance beyond shuffled patients",
-    "frechet": "squared distance beyond shuffled patients",
+    "coral": "null s.d. beyond shuffled patients",
+    "frechet": "null s.d. beyond shuffled patients",
     "length_psi": "index beyond shuffled patients",
 }
 _SHOWN_INSTITUTIONS = 25
@@ -51,10 +51,12 @@ def drift_page(results: dict[str, Any], judging: Section) -> str:
     """Render the results of `recipes.drift`; they hold no note text, and neither does the page."""
     comparisons = results["comparisons"]
     answers: list[Any] = [_answer(item) for item in comparisons]
+    advised: dict[tuple[str, ...], list[str]] = {}
     for item in comparisons:
-        if item["advice"]:
-            answers.append(Text(f"What to do about {item['other']} and {item['reference']}:"))
-            answers.append(Points(item["advice"]))
+        advised.setdefault(tuple(item["advice"]), []).append(item["other"])
+    for advice, others in advised.items():
+        if advice:
+            answers += [Text(f"What to do about {', '.join(others)}:"), Points(advice)]
     sections = [Section("The answer", answers)]
     sections.append(Section("What may be claimed, and what not", [Points(_claims(results))]))
     for item in comparisons:
@@ -106,7 +108,12 @@ def _answer(item: dict[str, Any]) -> Notice:
             "plain",
             f"{pair}: no difference found",
         )
-    return Notice(" ".join(_differences(item, tests)) + f" {pairs}", "bad", f"{pair}: the notes differ")
+    named = [unit for unit in item["units"] if unit["adjusted_p"] <= 0.05]
+    changed = [_change(unit) for unit in named[:5]]
+    if len(named) > 5:
+        changed.append(f"and {len(named) - 5} more")
+    said = f"{pairs} {' '.join(_differences(item, tests, bool(named)))}".strip()
+    return Notice(said, "bad", f"{pair}: the notes differ", changed)
 
 
 def _power(item: dict[str, Any]) -> str:
@@ -136,14 +143,10 @@ def _pairs_told(item: dict[str, Any], auc: dict[str, Any] | None) -> str:
     )
 
 
-def _differences(item: dict[str, Any], tests: dict[str, dict[str, Any]]) -> list[str]:
+def _differences(item: dict[str, Any], tests: dict[str, dict[str, Any]], units_follow: bool) -> list[str]:
     adjusted = item["adjusted_p"]
     said = []
-    if named := [unit for unit in item["units"] if unit["adjusted_p"] <= 0.05]:
-        shown = [_change(unit) for unit in named[:5]]
-        more = f", and {len(named) - 5} more" if len(named) > 5 else ""
-        said.append(f"From {item['reference']} to {item['other']}: {'; '.join(shown)}{more}.")
-    elif (adjusted.get("length") or 1) <= 0.05:
+    if not units_follow and (adjusted.get("length") or 1) <= 0.05:
         length = tests["length"]
         said.append(
             f"Notes of {item['other']} have {number(length['effect'])} times as many words "
@@ -156,6 +159,8 @@ def _differences(item: dict[str, Any], tests: dict[str, dict[str, Any]]) -> list
         )
     found = [_NAMES[name].lower() for name, p in adjusted.items() if p is not None and p <= 0.05]
     said.append(f"Beyond chance: {', '.join(found)}.")
+    if units_follow:
+        said.append(f"What changed most from {item['reference']} to {item['other']}:")
     return said
 
 
@@ -243,7 +248,12 @@ def _units(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
     rows = [(_short(unit["name"]), _bounded(unit["t"]), f"p {p_text(unit['adjusted_p'])}") for unit in first]
     blocks: list[Any] = [
         Figure(
-            null_plot(rows, title="Clinical units, ranked", x_label="difference in standard errors; right: more of it"),
+            null_plot(
+                rows,
+                title="Clinical units, ranked",
+                x_label="difference in standard errors; right: more of it",
+                reach=max(10.0, min(60.0, max(abs(t) for _, t, _ in rows))),
+            ),
             "The units that differ most. Shaded: two standard errors. p-values are adjusted for all units together.",
         )
     ]
@@ -410,9 +420,12 @@ def _details(item: dict[str, Any], protocol: dict[str, Any]) -> Section:
 
 def _row(test: dict[str, Any], adjusted: dict[str, float]) -> list[Any]:
     holm = adjusted.get(test["name"])
+    effect = test["effect"]
+    if test["name"] in ("coral", "frechet"):  # a bare distance between vectors tells nobody anything
+        effect = (test["statistic"] - test["null_mean"]) / test["null_sd"] if test["null_sd"] else None
     return [
         _NAMES[test["name"]],
-        test["effect"],
+        effect,
         _UNITS[test["name"]],
         interval(test["low"], test["high"]),
         p_text(test["p_value"]),

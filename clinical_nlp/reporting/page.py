@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +15,8 @@ from typing import Any
 
 from clinical_nlp.reporting.plots import interval_plot, line_plot, number
 from clinical_nlp.runs import Estimate, Run, write_atomic
+
+_INTERVAL = re.compile(r"[−∞\d.\u202fe]+ to [−∞\d.\u202fe]+")
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Notice:
-    """A boxed statement; `tone` is plain, good, caution or bad."""
+    """A boxed statement, with what it lists as `points`; `tone` is plain, good, caution or bad."""
 
     text: str
     tone: str = "plain"
     heading: str = ""
+    points: Sequence[str] = ()
     kind = "notice"
 
 
@@ -139,6 +143,11 @@ def _cell(value: Any) -> str:
     return number(value) if isinstance(value, float) or value is None else str(value)
 
 
+def _is_figure(value: Any) -> bool:
+    """Whether a cell is a number or an interval, which stays on one line."""
+    return value is None or isinstance(value, (int, float, Estimate)) or bool(_INTERVAL.fullmatch(str(value)))
+
+
 @functools.cache
 def template(name: str) -> Any:
     """Return a Jinja2 template of this room; HTML is escaped, and a missing value is an error."""
@@ -156,7 +165,7 @@ def template(name: str) -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
-    environment.tests["numeric"] = lambda value: isinstance(value, (int, float, Estimate)) or value is None
+    environment.tests["numeric"] = _is_figure
     return environment.get_template(name)
 
 

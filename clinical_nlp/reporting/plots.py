@@ -56,18 +56,19 @@ def _room(labels: Iterable[str]) -> float:
     return min(0.45 * _WIDTH, max(_LABEL, 16 + 7.2 * max(map(len, labels), default=0)))
 
 
-def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: str) -> str:
+def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: str, reach: float = 10.0) -> str:
     """Show how far each measurement lies outside what chance gives.
 
     Parameters
     ----------
-    rows : (label, distance from the mean of the null in its standard deviations, words at the right end); beyond 10
-        an arrow head takes the place of the dot.
+    rows : (label, distance from the mean of the null in its standard deviations, words at the right end); beyond
+        `reach` an arrow head takes the place of the dot.
     title : read out in place of the picture.
     x_label : under the axis.
+    reach : the most standard deviations that are drawn to scale.
     """
-    # Beyond ten standard deviations only "far outside" matters; an open scale would hide the band.
-    clipped = [min(max(value, -10.0), 10.0) for _, value, _ in rows if not math.isnan(value)]
+    # Beyond some standard deviations only "far outside" matters; an open scale would hide the band.
+    clipped = [min(max(value, -reach), reach) for _, value, _ in rows if not math.isnan(value)]
     low, high = min([-3.0, *(value - 0.5 for value in clipped)]), max([4.0, *(value + 0.5 for value in clipped)])
     left, right, step, top = _room(label for label, *_ in rows), _WIDTH - 120, 34.0, 10.0
     bottom = top + step * len(rows)
@@ -90,10 +91,10 @@ def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: st
         y = top + step * (index + 0.5)
         parts.append(_text(left - 12, y + 4, label, "", "end"))
         if not math.isnan(value):
-            x = at(min(max(value, -10.0), 10.0))
+            x = at(min(max(value, -reach), reach))
             tip = 7 if value > 0 else -7
             mark = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="dot"/>'
-            if abs(value) > 10:
+            if abs(value) > reach:
                 mark = f'<path d="M{x:.1f} {y - 6:.1f} l{2 * tip} 6 l{-2 * tip} 6 z" class="dot"/>'
             parts += [_line(at(0), y, x, y, "stem"), mark]
         parts.append(_text(right + 12, y + 4, remark, "tick"))

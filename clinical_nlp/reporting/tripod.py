@@ -72,12 +72,13 @@ def notes_record(
     for column, name in _COLUMNS.items():
         values = notes[column].to_pylist()
         missing.append({"what": name, "n": sum(values[row] is None for row in used), "of": len(used), "unit": "notes"})
-    for column, name in _OF_PATIENTS.items():
-        known = set()
-        if patients is not None and column in patients.column_names:
-            pairs = zip(patients["patient_id"].to_pylist(), patients[column].to_pylist(), strict=True)
-            known = {patient for patient, value in pairs if value is not None}
-        missing.append({"what": name, "n": len(everyone - known), "of": len(everyone), "unit": "patients"})
+    if patients is not None:
+        for column, name in _OF_PATIENTS.items():
+            known = set()
+            if column in patients.column_names:
+                pairs = zip(patients["patient_id"].to_pylist(), patients[column].to_pylist(), strict=True)
+                known = {patient for patient, value in pairs if value is not None}
+            missing.append({"what": name, "n": len(everyone - known), "of": len(everyone), "unit": "patients"})
     found: dict[str, Any] = {
         "parts": [
             {"part": name, "n_patients": len(people[name]), "n_notes": len(part)}
@@ -86,6 +87,7 @@ def notes_record(
         ],
         "n_notes_unused": notes.num_rows - len(used),
         "missing": missing,
+        "patients_known": patients is not None,
     }
     if trained is not None:
         known_texts = {texts[row] for row in rows[trained]}
@@ -272,6 +274,8 @@ def _span(part: Mapping[str, Any]) -> str:
 
 def _unused(notes: Mapping[str, Any]) -> str:
     left = notes["n_notes_unused"]
+    if left is None:
+        return "The notes that were sampled."
     return f"{left} notes of the corpus were not used." if left else "All notes of the corpus are in one of these."
 
 
@@ -295,7 +299,7 @@ def _protocol(run: Run, results: Mapping[str, Any], stated: Mapping[str, str]) -
     version = f"Version {results['version']} of suite" if "version" in results else "Recipe"
     said = f"{version} {run.manifest.get('recipe')}; every setting is in config.yaml (sha256 {digest}…)."
     if chosen := (results.get("protocol") or {}).get("selection"):
-        said += f" Chosen: {chosen}."
+        said += f" Selection: {chosen}."
     return f"{said} {stated.get('protocol') or _unstated('protocol')}"
 
 
@@ -310,7 +314,9 @@ def _missing(notes: Mapping[str, Any] | None, stated: Mapping[str, str]) -> str:
     said = "Not recorded: the predictions came without their notes; evaluate the run to see it."
     if notes:
         gaps = [f"{row['what']} of {row['n']} of {row['of']} {row['unit']}" for row in notes["missing"] if row["n"]]
-        said = f"Not there: {'; '.join(gaps)}." if gaps else "No date, type, encounter, sex or birth date is missing."
+        said = f"Not there: {'; '.join(gaps)}." if gaps else "Nothing that was looked for is missing."
+        if not notes["patients_known"]:
+            said += " No table of patients was read, so that their sex and birth dates are not known."
     return f"{said} {stated.get('missing_data') or _unstated('missing_data')}"
 
 

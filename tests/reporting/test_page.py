@@ -59,6 +59,14 @@ def test_no_p_value_is_written_as_zero_and_no_missing_interval_as_a_number():
     assert interval(0.99951, 0.99962) == "0.9995 to 0.9996"
 
 
+def test_figures_and_intervals_stay_on_one_line_and_notices_list_points():
+    cells = [interval(-0.5, 1.25), "1 to 3 patients", 3, None]
+    notice = Notice("said", "bad", "heading", ["a <b> point", "another"])
+    html = page("t", [Section("s", [notice, Table(["a", "b", "c", "d"], [cells])])])
+    assert re.findall(r"<td( class=\"n\")?>", html) == [' class="n"', "", ' class="n"', ' class="n"']
+    assert "<p>said</p><ul><li>a &lt;b&gt; point</li><li>another</li></ul></div>" in html
+
+
 def test_the_report_of_a_run(tmp_path):
     with Run.open(tmp_path / "run", RecipeConfig(), recipe="some_recipe") as run:
         run.log(step=1, loss=2.0)

@@ -73,6 +73,7 @@ def test_the_record_counts_what_is_there():
     }  # fmt: skip
     # Copies of the training part: first notes of patients 12, 15, 18, 21, 24 (test) and 27 (few).
     assert found["overlap"] == {"trained": "train", "patients": 0, "copies": 6, "n_notes": 32}
+    assert "sex" not in {row["what"] for row in notes_record(made.notes, PARTS)["missing"]}
     shared = notes_record(made.notes, {"train": range(25), "test": range(25, 50)}, trained="train")
     assert shared["overlap"]["patients"] == 1
 
@@ -104,7 +105,7 @@ def test_each_item_is_said_from_the_record(run):
         "0 patients are in the train part and in another; 6 of 32 other notes are word for word in the train part",
         "a code is proposed at 0.5, fixed in advance",
         "Version 7 of suite made",
-        "Chosen: nothing",
+        "Selection: nothing",
         "The notes are not public (a made export)",
         "Base model: some/model",
         "abstained, outcome there",
@@ -112,6 +113,8 @@ def test_each_item_is_said_from_the_record(run):
         assert said in text, said
     assert text.count("Not recorded") == len(STATED)
     assert MARKER not in text
+    alone = words(run, {"record": {"notes": notes_record(corpus().notes, PARTS)}})
+    assert "No table of patients was read" in alone
     opened = words(run, {"record": corpus_record(corpus(phi=False), PARTS)})
     assert "a base model may have read them" in opened
     assert "No pretrained model is used" in opened
