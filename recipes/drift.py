@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ from clinical_nlp.statistics.evidence import read_conventions, read_labels, task
 from clinical_nlp.statistics.exports import ExportConfig, read_sample
 from clinical_nlp.statistics.profile import compare_profiles, is_profile, make_profile, read_profiles
 from clinical_nlp.statistics.sample import SampledNotes
+from clinical_nlp.statistics.sequential import control_alarms
 from clinical_nlp.statistics.text_measures import hashed_features
 
 
@@ -143,6 +144,8 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
         measures = measure(sample.notes)
         represent = _representation(config, run)
         n_permutations = max(config.n_permutations, permutations_needed(len(others)))
+        if config.window != "none":
+            n_permutations = max(n_permutations, permutations_needed(_looks_a_year(config, sample)))
         comparisons = []
         for name, members in others:
             say(f"comparing {name} with {reference}")
@@ -163,6 +166,8 @@ def _analyse(config: DriftConfig, output: Path, *, resume: bool) -> Results:
         comparisons = decide(comparisons)
         results = _results(config, sample, account, reference, comparisons, n_permutations)
         results["record"] = _record(config, sample)
+        if config.window != "none":
+            results["looks"] = _looks(comparisons, _looks_a_year(config, sample))
         _finish(run, comparisons, results)
         if run.checkpoints.exists():
             for file in sorted(run.checkpoints.glob("*.npy")):
@@ -372,6 +377,28 @@ def _protocol(config: DriftConfig) -> dict[str, Any]:
         "seed": config.seed,
         "from_profiles": False,
     }
+
+
+def _looks_a_year(config: DriftConfig, sample: SampledNotes) -> int:
+    """How many looks a year of windows has, at all institutions together."""
+    watched = {name.rpartition(" ")[0] for name in sample.n_patients}
+    return {"month": 12, "quarter": 4}.get(config.window, 1) * len(watched)
+
+
+def _looks(comparisons: Sequence[Comparison], looks_a_year: int) -> list[dict[str, Any]]:
+    """Take the windows as repeated looks, whose false alarms are counted per year; small ones together are no look."""
+    windows = [item for item in comparisons if item.other.rpartition(" ")[2][:4].isdecimal()]
+    windows.sort(key=lambda item: (item.other.rpartition(" ")[2], item.other))
+    p_values, smallest = [], []
+    for item in windows:
+        made = [item.tests[name] for name in item.confirmatory if name in item.tests]
+        judged = bool(made) and item.verdict != "too_few"
+        # One p-value a look: that any of its tests differs (Bonferroni).
+        p_values.append(min(1.0, len(item.confirmatory) * min(t.p_value for t in made)) if judged else float("nan"))
+        smallest.append(len(item.confirmatory) * max(t.smallest_p for t in made) if judged else 0.0)
+    years = [int(item.other.rpartition(" ")[2][:4]) for item in windows]
+    looks = control_alarms(p_values, years, looks_per_year=looks_a_year, smallest_p=smallest)
+    return [asdict(look) | {"other": item.other} for item, look in zip(windows, looks, strict=True)]
 
 
 def _record(config: DriftConfig, sample: SampledNotes) -> dict[str, Any]:

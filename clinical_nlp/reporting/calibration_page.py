@@ -194,7 +194,39 @@ def _sets(results: dict[str, Any], places: list[str]) -> Section:
     blocks: list[Any] = [Figure(plot, f"Dashed: {promised:g}, as promised.") if plot else Text("Nothing to draw.")]
     if results["sets"]["note"]:
         blocks.append(Notice(results["sets"]["note"], "caution"))
-    return Section("Sets that cannot be ruled out", [*blocks, Table(columns, rows, caption)])
+    blocks.append(Table(columns, rows, caption))
+    return Section("Sets that cannot be ruled out", [*blocks, *_shifted_sets(results, places)])
+
+
+def _shifted_sets(results: dict[str, Any], places: list[str]) -> list[Any]:
+    """Sets for institutions where the outcome may be commoner or rarer, under the assumption that they stand on."""
+    found = {place: results["shifted"][place] for place in places if place in results.get("shifted", {})}
+    if not found:
+        return []
+    rows, absent = [], []
+    for place, one in found.items():
+        if one["reason"]:
+            absent.append(f"{place}: {one['reason']}.")
+            continue
+        covered, size = (results["numbers"][f"{place}.{name}_shifted"] for name in ("coverage", "set_size"))
+        fits = "" if one["contradicted_p"] is None else p_text(one["contradicted_p"])
+        share = _estimate(one["prevalence"])
+        rows.append([place, share, _estimate(covered), _estimate(size), one["undecided"], fits, covered["n_patients"]])
+    columns = [
+        "where",
+        "how common, estimated without gold",
+        "coverage",
+        "outcomes a set",
+        "share of undecided sets",
+        "p that the assumption fits",
+        "patients",
+    ]
+    assumption = next((one["assumption"] for one in found.values() if not one["reason"]), "")
+    caption = (
+        "Sets made for an institution's own prevalence, which is estimated from its notes without gold. They keep the "
+        f"promise if {assumption}; a small p contradicts that, a large one says nothing."
+    )
+    return [*([Table(columns, rows, caption)] if rows else []), *([Points(absent)] if absent else [])]
 
 
 def _abstention(results: dict[str, Any]) -> Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clinical_nlp.reporting.page import Figure, Notice, Points, Section, Table, Text, interval, p_text, page
-from clinical_nlp.reporting.plots import interval_plot, number
+from clinical_nlp.reporting.plots import heat_table, interval_plot, number
 
 _NAN = float("nan")
 _LABELS = {
@@ -212,9 +212,18 @@ def _matrix(results: dict[str, Any]) -> Section:
         for target in names
         if source != target
     ]
+    drawn = {(one, two): _entry(results, f"matrix.{one}.{two}")["value"] for one in names for two in names}
+    plot = heat_table(
+        names,
+        {pair: value for pair, value in drawn.items() if value is not None},
+        title="AUC of each institution's model at each institution",
+        x_label="scored on",
+        y_label="trained on",
+    )
     return Section(
         "Each institution on each other",
         [
+            Figure(plot, "AUC of erm with as many patients each. The darker, the higher; the diagonal is at home."),
             Table(["trained on", *(f"scored on {name}" for name in names)], rows, "AUC of erm, sizes matched"),
             Table(
                 ["trained on", "scored on", "source drop", "target drop"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clinical_nlp.reporting.page import Figure, Notice, Points, Section, Table, Text, interval, p_text, page
-from clinical_nlp.reporting.plots import null_plot, number
+from clinical_nlp.reporting.plots import line_plot, null_plot, number
 
 _NAN = float("nan")
 _NAMES = {
@@ -59,6 +59,7 @@ def drift_page(results: dict[str, Any], judging: Section) -> str:
             answers += [Text(f"What to do about {', '.join(others)}:"), Points(advice)]
     sections = [Section("The answer", answers)]
     sections.append(Section("What may be claimed, and what not", [Points(_claims(results))]))
+    sections.append(_over_time(results))
     for item in comparisons:
         sections.append(_units(item, results["protocol"]))
         sections.append(_questions(item))
@@ -236,6 +237,52 @@ def _mixes(results: dict[str, Any]) -> list[str]:
                 "left beyond that, run again with --strata profile."
             )
     return points
+
+
+def _over_time(results: dict[str, Any]) -> Section:
+    """Windows of time as looks, and the units that moved most over them."""
+    looks = results.get("looks") or []
+    found = {item["other"]: item for item in results["comparisons"]}
+    rows = [
+        [
+            look["other"],
+            found[look["other"]]["n_patients"][1],
+            p_text(look["p_value"]),
+            p_text(look["adjusted_p"]),
+            "alarm" if look["alarm"] else look["note"] or "no alarm",
+        ]
+        for look in looks
+    ]
+    if not rows:
+        return Section("Over time", [])
+    windows = [results["reference"], *(look["other"] for look in looks)]
+    ranked: dict[str, float] = {}
+    moved: dict[str, dict[str, float]] = {}
+    for window in windows[1:]:
+        for unit in found[window]["units"]:
+            if unit["t"] is not None and found[window]["verdict"] != "too_few":
+                moved.setdefault(unit["name"], {})[window] = unit["t"]
+                ranked[unit["name"]] = max(ranked.get(unit["name"], 0.0), abs(unit["t"]))
+    chosen = sorted(ranked, key=lambda name: (-ranked[name], name))[:4]
+    lines = {
+        _short(name): [(0.0, 0.0), *((float(at), moved[name][w]) for at, w in enumerate(windows) if w in moved[name])]
+        for name in chosen
+    }
+    plot = line_plot(
+        lines,
+        title="Clinical units over time",
+        x_label="window",
+        y_label="standard errors from the first window",
+        x_names=[window.rpartition(" ")[2] for window in windows],
+    )
+    share = looks[0]["spends"]
+    caption = (
+        f"Every look may spend {share:.2g} of the 5 % that a year has, so that a year without drift has at most 0.05 "
+        f"false alarms on average. All are compared with {results['reference']}."
+    )
+    columns = ["window", "patients", "p of the look", "p, counted per year", ""]
+    figure = [Figure(plot, "The clinical units that moved most. Beyond 2 or so is more than chance for one unit.")]
+    return Section("Over time", [*(figure if plot else []), Table(columns, rows, caption)])
 
 
 def _units(item: dict[str, Any], protocol: dict[str, Any]) -> Section:

@@ -148,8 +148,53 @@ def interval_plot(
     return _svg(_WIDTH, bottom + 46, title, parts)
 
 
+def heat_table(
+    names: Sequence[str], values: Mapping[tuple[str, str], float], *, title: str, x_label: str, y_label: str
+) -> str:
+    """Draw a matrix of numbers, each cell shaded by its size; undefined ones are left white.
+
+    Parameters
+    ----------
+    names : of rows and columns.
+    values : (row, column) -> number.
+    title : read out in place of the picture.
+    x_label, y_label : above the columns, and of the rows.
+    """
+    known = [value for value in values.values() if math.isfinite(value)]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    left, top, height = _room(names), 46.0, 36.0
+    width = min(120.0, (_RIGHT - left) / len(names))
+    room = max(3, int(width / 7.5))
+    parts = [_text(left, 14, x_label, "tick"), _text(left - 12, top - 10, y_label, "tick", "end")]
+    for column, name in enumerate(names):
+        short = name if len(name) <= room else name[: room - 1] + "…"
+        parts.append(_text(left + width * (column + 0.5), top - 10, short, "tick", "middle"))
+    for row, name in enumerate(names):
+        y = top + height * row
+        fits = int((left - 16) / 7.2)
+        shown = name if len(name) <= fits else name[: fits - 1] + "…"
+        parts.append(_text(left - 12, y + height / 2 + 4, shown, "", "end"))
+        for column, other in enumerate(names):
+            x, value = left + width * column, values.get((name, other), math.nan)
+            if math.isfinite(value):
+                depth = 0.08 + 0.5 * ((value - low) / (high - low) if high > low else 0.0)
+                parts.append(
+                    f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{width - 2:.1f}" height="{height - 2:.1f}" '
+                    f'class="dot" fill-opacity="{depth:.2f}"/>'
+                )
+            parts.append(_text(x + width / 2, y + height / 2 + 4, number(value), "", "middle"))
+    return _svg(_WIDTH, top + height * len(names) + 8, title, parts)
+
+
 def _axes(
-    xs: tuple[float, float], ys: tuple[float, float], bottom: float, x_label: str, y_label: str
+    xs: tuple[float, float],
+    ys: tuple[float, float],
+    bottom: float,
+    x_label: str,
+    y_label: str,
+    named: Sequence[tuple[float, str]] = (),
 ) -> tuple[Callable[[float, float], tuple[float, float]], list[str]]:
     """Return where a point of a plane from (low, high) to (low, high) is drawn, and the plane's axes and grid."""
     left, top = 64.0, 30.0
@@ -164,7 +209,7 @@ def _axes(
     for tick, words in _ticks(*ys):
         y = place(xs[0], tick)[1]
         parts += [_line(left, y, _RIGHT, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
-    for tick, words in _ticks(*xs, 7):
+    for tick, words in named or _ticks(*xs, 7):
         parts.append(_text(place(tick, ys[0])[0], bottom + 18, words, "tick", "middle"))
     parts += [
         _line(left, bottom, _RIGHT, bottom, "axis"),
@@ -174,7 +219,14 @@ def _axes(
     return place, parts
 
 
-def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x_label: str, y_label: str) -> str:
+def line_plot(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    x_names: Sequence[str] = (),
+) -> str:
     """Draw one line a series; values that are not finite are left out.
 
     Parameters
@@ -182,6 +234,7 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str
     series : name -> (x, y) points in order of x; at most four are told apart by colour.
     title : read out in place of the picture.
     x_label, y_label : of the axes.
+    x_names : what stands at x = 0, 1, 2, ..., where these are no numbers; as many are written as there is room for.
     """
     lines = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
@@ -193,7 +246,9 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str
     spread = (max(ys) - min(ys)) or abs(max(ys)) or 1.0
     y_low, y_high = min(ys) - 0.05 * spread, max(ys) + 0.05 * spread
     bottom = 262.0
-    place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label)
+    every = max(1, math.ceil(len(x_names) * 9 * max(map(len, x_names), default=0) / (_RIGHT - 64)))
+    named = [(float(at), name) for at, name in enumerate(x_names) if at % every == 0 and x_low <= at <= x_high]
+    place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label, named)
     legend = _RIGHT
     for index, (name, points) in reversed(list(enumerate(lines.items()))):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))

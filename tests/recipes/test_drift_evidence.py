@@ -11,6 +11,7 @@ from clinical_nlp.cli import main
 from clinical_nlp.errors import InputError, MissingDataError, TooFewPatientsError, UsageError
 from clinical_nlp.recipes.drift import drift
 from clinical_nlp.recipes.profile import profile
+from clinical_nlp.statistics.comparison import CONFIRMATORY
 
 MARKER = "Zyxwvut"
 SENTENCES = ["no acute distress", "denies chest pain", "lungs are clear", "follow up in two weeks", "stable overnight"]
@@ -166,6 +167,32 @@ def test_windows_of_time_are_compared_with_the_first(tmp_path):
     found = {item.other: item.verdict for item in results.comparisons}
     assert results.comparisons[0].reference == "a 2019"
     assert found == {"a 2020": "not_distinguished", "a 2021": "differ"}
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {look["other"]: look["alarm"] for look in written["looks"]} == {"a 2020": False, "a 2021": True}
+    assert [look["spends"] for look in written["looks"]] == [0.05, 0.05]  # one look a year, at one institution
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Clinical units over time" in page
+    assert ">2021</text>" in page
+
+    def p_of_look(other: str) -> float:
+        tests = next(item for item in results.comparisons if item.other == other).tests
+        return min(1.0, 5 * min(tests[name].p_value for name in CONFIRMATORY))
+
+    assert [look["p_value"] for look in written["looks"]] == [p_of_look("a 2020"), p_of_look("a 2021")]
+
+
+def test_months_of_two_institutions_spend_a_24th_of_the_year_each(tmp_path):
+    for place in ("a", "b"):
+        write_table(tmp_path / "both.jsonl", place, patients=14, notes=3)
+    results = drift([tmp_path / "both.jsonl"], output=tmp_path / "run", window="month", patient_in_two="majority",
+                    n_permutations=19)  # fmt: skip
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    for look in written["looks"]:
+        assert look["spends"] == pytest.approx(0.05 / 24)
+    # Every look is given relabellings enough that it could alarm.
+    assert {test.n_permutations for item in results.comparisons for test in item.all_notes} == {100 * 24 - 1}
+    with pytest.raises(UsageError, match="share no year"):
+        drift([tmp_path / "both.jsonl"], output=tmp_path / "years", window="month", strata="profile_year")
 
 
 def test_bad_input_is_one_clear_error_or_a_stated_gap(tmp_path):
