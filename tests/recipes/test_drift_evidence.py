@@ -9,9 +9,12 @@ import pytest
 
 from clinical_nlp.cli import main
 from clinical_nlp.errors import InputError, MissingDataError, TooFewPatientsError, UsageError
+from clinical_nlp.notes.schema import Note
 from clinical_nlp.recipes.drift import drift
 from clinical_nlp.recipes.profile import profile
 from clinical_nlp.statistics.comparison import CONFIRMATORY
+from clinical_nlp.statistics.evidence import task_outputs
+from clinical_nlp.statistics.profile import read_profiles
 
 MARKER = "Zyxwvut"
 SENTENCES = ["no acute distress", "denies chest pain", "lungs are clear", "follow up in two weeks", "stable overnight"]
@@ -160,6 +163,29 @@ def test_the_profile_verb(tmp_path, capsys):
         profile([tmp_path / "few.jsonl"], output=tmp_path / "few.json")
 
 
+def test_profiles_of_windows_give_the_verdicts_of_the_notes(tmp_path, capsys):
+    for year, style in ((2019, 0.0), (2020, 0.0), (2021, 0.9)):
+        write_table(tmp_path / "a.jsonl", "a", year=year, style=style, patients=25)
+    undated = '{"note_id": "x", "patient_id": "x", "institution": "a", "text": "no date here"}\n'
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + undated)
+    file = tmp_path / "a.json"
+    assert main(["profile", str(tmp_path / "a.jsonl"), "--window", "year", "--output", str(file)]) == 0
+    assert "3 institutions" in capsys.readouterr().out
+    kept = {item.institution: item for item in read_profiles(file)}
+    assert {name: item.n_patients for name, item in kept.items()} == {"a 2019": 25, "a 2020": 25, "a 2021": 25}
+    assert {item.n_notes for item in kept.values()} == {50}
+    assert "in one year" in kept["a 2019"].institution_means
+    from_profiles = drift([file], output=tmp_path / "profiles", window="year")
+    from_notes = drift([tmp_path / "a.jsonl"], output=tmp_path / "notes", window="year", n_permutations=199)
+    verdicts = {item.other: item.verdict for item in from_notes.comparisons}
+    assert from_profiles.comparisons[0].reference == "a 2019"
+    assert {item.other: item.verdict for item in from_profiles.comparisons} == verdicts
+    assert set(verdicts.values()) == {"differ", "not_distinguished"}
+    account = json.loads((tmp_path / "notes" / "results.json").read_text())["account"]
+    assert account["skipped"] == {"no date": 1}
+    assert main(["profile", str(tmp_path / "a.jsonl"), "--window", "week", "--output", str(tmp_path / "w.json")]) == 2
+
+
 def test_windows_of_time_are_compared_with_the_first(tmp_path):
     for year, style in ((2019, 0.0), (2020, 0.0), (2021, 0.9)):
         write_table(tmp_path / "a.jsonl", "a", year=year, style=style, patients=25)
@@ -277,3 +303,45 @@ def test_what_a_tagger_says_is_compared_too(tmp_path):
     assert found["answer"] == "changed"
     assert any("per 100 words" in name for name in found["evidence"])
     assert found["n_patients"] == 50
+
+
+def test_what_a_coder_says_is_compared_too(tmp_path):
+    from tiny_models import write_encoder
+
+    from clinical_nlp.config import load_config
+    from clinical_nlp.recipes import coding
+    from clinical_nlp.tasks.coding import Coder
+
+    values = {
+        "corpus.options": {"institutions": 2, "patients": 60},
+        "base_model": str(write_encoder(tmp_path / "encoder")),
+        "strategy.name": "full",
+        "max_steps": 4,
+        "chunk": 64,
+        "max_tokens": 256,
+        "training.batch_size": 4,
+        "baselines": [],
+    }
+    coded = coding.run(load_config(coding.CONFIG, None, values), tmp_path / "coded")
+    write_table(tmp_path / "a.jsonl", "a", patients=20)
+    write_table(tmp_path / "b.jsonl", "b", patients=20, style=1.0)
+    sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    drift(sources, output=tmp_path / "run", model=str(coded.path), max_tokens=64, n_permutations=99)
+    found = claims(tmp_path / "run")["outputs"]
+    # The style alone moves every logit of so little a model, by far more than patients differ.
+    assert found["answer"] == "changed"
+    assert (found["n_patients"], found["n_notes"]) == (40, 80)
+    assert all(name.startswith("probability of ") for name in found["evidence"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Does the model say other things?" in page
+    assert MARKER.lower() not in page.lower()
+    assert "Known: coding on synthetic_hospitals" in page
+
+    rows = [json.loads(line) for line in sources[0].read_text().splitlines()[:5]]
+    notes = [Note(row["note_id"], row["patient_id"], "a", row["text"], "s") for row in rows]
+    said, names = task_outputs(coded.path, notes)
+    coder = Coder.load(coded.path)
+    assert names == tuple(f"probability of {code}" for code in coder.task.codes)
+    alone = np.concatenate([coder.calibration(coder.logits([[row["text"]]])) for row in rows])
+    np.testing.assert_allclose(said, alone, atol=1e-5)
+    assert ((said >= 0) & (said <= 1)).all()
