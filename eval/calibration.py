@@ -38,7 +38,7 @@ from clinical_nlp.statistics.calibration import (
     calibration_line,
     fit_temperature,
 )
-from clinical_nlp.statistics.conformal import coverage, fit_conformal
+from clinical_nlp.statistics.conformal import coverage, fit_conformal, fit_shifted_conformal, prevalence_weights
 from clinical_nlp.statistics.net_benefit import net_benefit
 
 VERSION = 1
@@ -167,7 +167,7 @@ def judge(book: Book, predicted: Predicted, sampled: tuple[Items, np.ndarray] | 
     mended = temperature(test.logits)
     book.tables["temperature"] = {"value": temperature.value, "note": temperature.note, "n_patients": fit.n_patients}
     book.tables["sets"] = {"limit": sets.limit, "n_patients": sets.n_patients, "note": sets.note}
-    for table in ("bins", "line", "net_benefit", "coverage", "abstention"):
+    for table in ("bins", "line", "net_benefit", "coverage", "abstention", "shifted"):
         book.tables[table] = {}
     places = [EVERYWHERE, *sorted(set(test.institutions))]
     if len(places) == 2:
@@ -192,6 +192,8 @@ def judge(book: Book, predicted: Predicted, sampled: tuple[Items, np.ndarray] | 
         book.decisions.append(decisions(f"{place}, at 0.5", part.gold, said, part.patients))
         book.decisions.append(decisions(f"{place}, by sets", part.gold, alone, part.patients))
         book.tables["coverage"][place] = {"empty": found.empty, "undecided": found.undecided}
+        if place != EVERYWHERE:
+            book.tables["shifted"][place] = shifted(book, place, fit, part)
         book.tables["net_benefit"][place] = [
             asdict(point)
             for point in net_benefit(part.probability, part.gold, part.patients, thresholds=config.thresholds,
@@ -208,6 +210,35 @@ def judge(book: Book, predicted: Predicted, sampled: tuple[Items, np.ndarray] | 
         # Abstain where the passes disagree most, relative to the largest disagreement that two outcomes allow.
         points = abstention_curve(1 - np.clip(2 * spread, 0, 1), correct, items.patients, seed=config.seed)
         book.tables["abstention"]["passes with dropout agree"] = [asdict(point) for point in points]
+
+
+def shifted(book: Book, place: str, fit: Items, part: Items) -> dict[str, Any]:
+    """Sets for an institution where the outcome may be commoner or rarer, from its notes without their gold."""
+    config = book.config
+    try:
+        weights, found = prevalence_weights(
+            fit.probability, fit.gold, fit.patients, part.probability, part.patients, seed=config.seed
+        )
+    except TooFewPatientsError as error:
+        return {"reason": str(error)}
+    sets = fit_shifted_conformal(fit.probability, fit.gold, fit.patients, weights, miss=config.miss)
+    scored = coverage(sets(part.probability), part.gold, part.patients, part=place, seed=config.seed)
+    how = f"conformal sets for {100 * (1 - config.miss):g} %, weighted for the prevalence there, if {sets.assumption}"
+    weighed = "weights from its notes without gold, by expectation maximisation"
+    book.add(f"{place}.coverage_shifted", scored.covered, how, selection=weighed)
+    book.add(f"{place}.set_size_shifted", scored.size, f"outcomes a set holds; {how}", selection=weighed)
+    return {
+        "reason": "",
+        "weights": weights,
+        "limits": sets.limits,
+        "note": sets.note,
+        "assumption": sets.assumption,
+        "contradicted_p": found.fit_p_value,
+        "prevalence": asdict(found.other[1]),
+        "prevalence_at_calibration": asdict(found.reference[1]),
+        "empty": scored.empty,
+        "undecided": scored.undecided,
+    }
 
 
 def measure(book: Book, name: str, place: str, items: Items, how: str) -> None:

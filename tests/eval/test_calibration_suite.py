@@ -100,6 +100,53 @@ def test_parts_that_the_file_gives_are_kept_and_small_institutions_are_not_shown
     assert not any(name.startswith("tiny.") for name in results["numbers"])
 
 
+def as_common(prevalence, place, part, *, patients, seed):
+    """Predictions that are right at prevalence 0.3; text as everywhere, the outcome as common as given."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(patients):
+        own = rng.normal()
+        for note in range(int(rng.integers(1, 4))):
+            gold = int(rng.random() < prevalence)
+            x = 1.5 * gold + np.sqrt(0.3) * own + np.sqrt(0.7) * rng.normal()
+            odds = np.exp(np.log(0.3 / 0.7) + 1.5 * x - 1.125)
+            name = f"{place}-{part}-{number}"
+            found.append((name, place, odds / (1 + odds), gold, f"{name}-{note}", part))
+    return found
+
+
+def test_where_the_outcome_is_commoner_sets_are_weighted_for_it_and_keep_the_promise(tmp_path):
+    found = as_common(0.3, "home", "calibration", patients=250, seed=1)
+    found += as_common(0.3, "home", "test", patients=150, seed=2) + as_common(
+        0.75, "there", "test", patients=300, seed=3
+    )
+    path = write(tmp_path / "p.csv", found, (*COLUMNS, "part"))
+    run, results = judged(tmp_path, predictions=path)
+    numbers, shifted = results["numbers"], results["shifted"]
+    assert numbers["there.coverage"]["high"] < 0.9 < numbers["there.coverage_shifted"]["high"]
+    assert numbers["there.coverage_shifted"]["value"] > numbers["there.coverage"]["value"] + 0.03
+    assert shifted["there"]["prevalence"]["value"] == pytest.approx(0.75, abs=0.1)
+    assert shifted["there"]["prevalence"]["low"] < shifted["there"]["prevalence"]["value"]
+    assert shifted["there"]["weights"][1] == pytest.approx(0.75 / 0.3, rel=0.15)
+    assert 0.65 < shifted["home"]["weights"][1] < 1.35 < shifted["there"]["weights"][1]
+    assert "all institutions" not in shifted
+    assert "P(text | label) is the same" in numbers["there.coverage_shifted"]["protocol"]
+    page = (run.path / "report.html").read_text("utf-8")
+    assert "how common, estimated without gold" in page
+    assert "keep the promise if P(text | label) is the same in both institutions" in page
+
+
+def test_without_enough_calibration_patients_of_a_label_there_are_no_weighted_sets_and_the_page_says_why(tmp_path):
+    found = [(*row[:3], 0, *row[4:]) for row in as_common(0.3, "home", "calibration", patients=30, seed=1)]
+    found += as_common(0.3, "home", "test", patients=30, seed=2) + as_common(0.5, "there", "test", patients=30, seed=3)
+    path = write(tmp_path / "p.csv", found, (*COLUMNS, "part"))
+    run, results = judged(tmp_path, predictions=path)
+    assert results["shifted"]["there"] == {
+        "reason": "label 'present' has 0 patients at the reference; label shift needs 5"
+    }
+    assert "label shift needs 5" in (run.path / "report.html").read_text("utf-8")
+
+
 @pytest.mark.parametrize(
     ("found", "columns", "error", "words"),
     [

@@ -25,7 +25,7 @@ from clinical_nlp.statistics.calibration import (
     fit_temperature,
     top_label,
 )
-from clinical_nlp.statistics.conformal import coverage, fit_conformal
+from clinical_nlp.statistics.conformal import coverage, fit_conformal, fit_shifted_conformal, prevalence_weights
 from clinical_nlp.statistics.net_benefit import net_benefit
 
 
@@ -276,6 +276,83 @@ def test_conformal_sets_keep_their_promise_for_clustered_patients():
         kept.append(coverage(sets(sigmoid(logits)), y, people).covered.value)
     error = np.std(kept) / math.sqrt(len(kept))
     assert 0.8 - 3 * error < np.mean(kept) < 0.8 + 1 / 61 + 3 * error
+
+
+def written(patients, prevalence, seed, *, fitted=0.3, separation=1.5):
+    """Notes of a model that is right at prevalence `fitted`: text as everywhere, the outcome as common as given."""
+    rng = np.random.default_rng(seed)
+    p, y, people = [], [], []
+    for number in range(patients):
+        has, own = rng.random() < prevalence, rng.normal()
+        for _ in range(int(rng.integers(1, 12))):
+            truth = int(has if rng.random() < 0.7 else rng.random() < prevalence)
+            x = separation * truth + math.sqrt(0.4) * own + math.sqrt(0.6) * rng.normal()
+            p.append(sigmoid(math.log(fitted / (1 - fitted)) + separation * x - separation**2 / 2))
+            y.append(truth)
+            people.append(str(number))
+    return np.array(p), np.array(y), people
+
+
+def covered(sets, y, people):
+    inside = sets[np.arange(len(y)), y]
+    return float(np.mean([inside[np.array(people) == one].mean() for one in sorted(set(people))]))
+
+
+def test_equal_weights_are_no_shift_and_one_item_a_patient_is_the_weighted_order_statistic():
+    p, y, people = written(40, 0.3, 1)
+    plain, shifted = fit_conformal(p, y, people, miss=0.1), fit_shifted_conformal(p, y, people, [1.0, 1.0], miss=0.1)
+    assert shifted.limits == (plain.limit, plain.limit)
+    assert np.array_equal(plain(p), shifted(p))
+    rng = np.random.default_rng(0)
+    p, y = rng.random(60), rng.integers(0, 2, 60)
+    found = fit_shifted_conformal(p, y, [str(i) for i in range(60)], [0.5, 3.0], miss=0.2)
+    scores, factors = np.where(y == 1, 1 - p, p), np.where(y == 1, 3.0, 0.5)
+    for kind, factor in enumerate((0.5, 3.0)):
+        total = factors.sum() + factor
+        wanted = min(s for s in scores if factors[scores <= s].sum() / total >= 0.8 - 1e-12)
+        assert found.limits[kind] == pytest.approx(wanted)
+    few = fit_shifted_conformal(p[:6], y[:6], list("abcdef"), [1.0, 4.0], miss=0.1)
+    assert few.limits[1] == math.inf
+    assert "every set holds class" in few.note
+    with pytest.raises(UsageError, match="2 numbers of at least 0"):
+        fit_shifted_conformal(p, y, [str(i) for i in range(60)], [1.0])
+    with pytest.raises(UsageError, match="2 numbers of at least 0"):
+        fit_shifted_conformal(p, y, [str(i) for i in range(60)], [-1.0, 1.0])
+
+
+@pytest.mark.parametrize("there", [0.7, 0.1])
+def test_sets_keep_their_promise_where_the_outcome_is_commoner_or_rarer(there):
+    """Coverage of one note of a new patient; plain sets beside it, which break the promise where it is commoner."""
+    plain, shifted, sizes = [], [], []
+    for seed in range(250):
+        p, y, people = written(80, 0.3, seed)
+        q, z, others = written(40, there, 10_000 + seed)
+        weights = [(1 - there) / 0.7, there / 0.3]
+        sets = fit_shifted_conformal(p, y, people, weights, miss=0.2)(q)
+        held = fit_conformal(p, y, people, miss=0.2)(q)
+        shifted.append(covered(sets, z, others))
+        plain.append(covered(held, z, others))
+        sizes.append(sets.sum() - held.sum())
+    error = np.std(shifted) / math.sqrt(len(shifted))
+    assert 0.8 - 3 * error < np.mean(shifted) < 0.8 + 0.03 + 3 * error
+    if there > 0.3:
+        assert np.mean(plain) < 0.75
+    else:
+        assert np.mean(sizes) < 0  # a promise kept with smaller sets
+
+
+def test_weights_from_notes_without_gold_keep_the_promise_too():
+    shifted, weights = [], []
+    for seed in range(16):
+        p, y, people = written(150, 0.3, seed)
+        q, z, others = written(150, 0.7, 10_000 + seed)
+        found, why = prevalence_weights(p, y, people, q, others, seed=seed)
+        shifted.append(covered(fit_shifted_conformal(p, y, people, found, miss=0.2)(q), z, others))
+        weights.append(found[1])
+        assert why.other[1].low < why.other[1].value < why.other[1].high
+    assert np.mean(weights) == pytest.approx(0.7 / 0.3, rel=0.12)
+    error = np.std(shifted) / math.sqrt(len(shifted))
+    assert np.mean(shifted) > 0.8 - 3 * error
 
 
 def test_coverage_counts_patients_alike_and_names_empty_sets():
