@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -34,13 +34,13 @@ from clinical_nlp.tasks.report import (
     TooLong,
     collate_preferences,
     interleaved,
-    log_likelihoods,
     pairs_as_notes,
     preference_rows,
     read_pairs,
     read_report_task,
     report_task,
     save,
+    with_reference,
     write_drafts,
 )
 from clinical_nlp.tasks.report_scores import (
@@ -59,7 +59,12 @@ class PreferenceConfig(Config):
     """Prefer texts over the same texts with a clinical error (DPO)."""
 
     pairs: int = Field(default=1000, ge=0)
-    """References in which an error is planted; each kind alike often."""
+    """References with an error planted that are learned from; each kind is planted alike often."""
+    candidates: int = Field(default=1, ge=1)
+    """Errors planted for each that is kept: those that the model itself finds likeliest, beside the reference."""
+    tokens: Literal["differing", "all"] = "all"
+    """differing: a pair counts by the tokens in which its texts differ, so that wording is left alone. all: by both
+    texts as they are."""
     errors: list[ErrorKind] = Field(default_factory=lambda: list(KINDS), min_length=1)
     """Which errors: negation, side, number, finding_added, finding_dropped, finding_swapped; default all."""
     own: int = Field(default=0, ge=0)
@@ -328,44 +333,49 @@ def preferences(
 
     rng = np.random.default_rng(config.seed)
     training = [data.pairs[row] for row in data.split.train]
-    chosen: list[tuple[Pair, str, str]] = []  # rejected text and kind of error
+    chosen: dict[tuple[str, str], tuple[Pair, str, str]] = {}  # rejected text and kind of error
     order = rng.permutation(len(training))
     vocabulary = stated_findings([training[int(place)].target for place in order[:500]])
-    for place, kind in enumerate(interleaved(rng, preference.errors, preference.pairs)):
+    for place, kind in enumerate(interleaved(rng, preference.errors, preference.pairs * preference.candidates)):
         pair = training[int(order[place % len(order)])]
-        if (found := planted(pair.target, kind, preference.errors, rng, vocabulary)) is not None:
-            chosen.append((pair, *found))
+        if (found := planted(pair, kind, preference.errors, rng, vocabulary)) is not None:
+            chosen.setdefault((pair.pair_id, found[0]), (pair, *found))
     if preference.own:
         unseen = [data.pairs[row] for row in rng.permutation(data.split.development)]
         mine = [*unseen, *(training[int(row)] for row in rng.permutation(len(training)))][: preference.own]
         for pair, draft in zip(mine, write_all(config, base, task, mine), strict=True):
             if draft is not None and has_error(draft, pair):
-                chosen.append((pair, draft.text, "own"))
-    encoded = task.encode_sources([pair.source for pair, *_ in chosen], base.tokenizer)
-    kept = [(item, prompt) for item, prompt in zip(chosen, encoded.prompts, strict=True) if prompt is not None]
-    rows = preference_rows(
+                chosen[pair.pair_id, draft.text] = (pair, draft.text, "own")
+    items = list(chosen.values())
+    encoded = task.encode_sources([pair.source for pair, *_ in items], base.tokenizer)
+    kept = [(item, prompt) for item, prompt in zip(items, encoded.prompts, strict=True) if prompt is not None]
+    found_rows = preference_rows(
         task, [prompt for _, prompt in kept], [item[0].target for item, _ in kept],
-        [item[1] for item, _ in kept], base.tokenizer,
+        [item[1] for item, _ in kept], base.tokenizer, differing=preference.tokens == "differing",
     )  # fmt: skip
+    kinds = [item[2] for (item, _), row in zip(kept, found_rows, strict=True) if row is not None]
+    rows = [row for row in found_rows if row is not None]
     if not rows:
         raise InputError("preference: no error could be planted in the training reports, which hold no clinical fact")
-    for name, column in (("chosen_ids", "ref_chosen_logps"), ("rejected_ids", "ref_rejected_logps")):
-        texts = [(row["prompt_ids"], row[name]) for row in rows]
-        for row, nats in zip(rows, log_likelihoods(base.network, texts, pad_token_id=task.pad_token_id), strict=True):
-            row[column] = float(nats)
-    kinds = Counter("own_errors" if kind == "own" else f"planted_{kind}" for *_, kind in chosen)
-    return Dataset.from_list(rows), {"preference_pairs": len(rows), **kinds}
+    rows = with_reference(base.network, rows, pad_token_id=task.pad_token_id)
+    own = [place for place, kind in enumerate(kinds) if kind == "own"]
+    made = [place for place, kind in enumerate(kinds) if kind != "own"]
+    if preference.candidates > 1:
+        made.sort(key=lambda place: rows[place]["ref_chosen_logps"] - rows[place]["ref_rejected_logps"])
+    learned = [*made[: preference.pairs], *own]
+    counts = Counter("own_errors" if kinds[place] == "own" else f"planted_{kinds[place]}" for place in learned)
+    return Dataset.from_list([rows[place] for place in learned]), {"preference_pairs": len(learned), **counts}
 
 
 def planted(
-    text: str, kind: ErrorKind, errors: Sequence[ErrorKind], rng: np.random.Generator, vocabulary: Sequence[str]
+    pair: Pair, kind: ErrorKind, errors: Sequence[ErrorKind], rng: np.random.Generator, vocabulary: Sequence[str]
 ) -> tuple[str, str] | None:
-    """Return the text with an error, and its kind: the one asked for, or another of `errors` where it has none."""
+    """Return the report with an error, and its kind: the one asked for, or another of `errors` where it has none."""
     drawn = [str(term) for term in rng.choice(vocabulary, size=min(20, len(vocabulary)))] if vocabulary else None
     others = [errors[int(place)] for place in rng.permutation(len(errors))]
     for wanted in dict.fromkeys([kind, *others]):
         for terms in (drawn, None):  # None: where the reports state nothing else, common findings
-            if (found := plant_error(text, wanted, rng, vocabulary=terms)) is not None:
+            if (found := plant_error(pair.target, wanted, rng, vocabulary=terms, source=pair.source)) is not None:
                 return found.text, wanted
     return None
 

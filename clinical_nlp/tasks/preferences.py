@@ -7,8 +7,9 @@ original learns the fact and not a style.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -46,7 +47,12 @@ class Planted:
 
 
 def plant_error(
-    text: str, kind: str, rng: np.random.Generator, *, vocabulary: Sequence[str] | None = None
+    text: str,
+    kind: str,
+    rng: np.random.Generator,
+    *,
+    vocabulary: Sequence[str] | None = None,
+    source: str | None = None,
 ) -> Planted | None:
     """Plant one error in `text`.
 
@@ -56,10 +62,11 @@ def plant_error(
     kind : one of `KINDS`. negation: a finding becomes denied, or a denied one present. side: left and right change
         places. number: a dose, a value or a duration becomes another. finding_added: a sentence with a finding that
         the text does not mention. finding_dropped: the only sentence or list entry that states a finding goes.
-        finding_swapped: a finding takes the name of another: one that the text states otherwise (as denied, as
-        present), else one of `vocabulary`.
+        finding_swapped: a finding takes the name of another: one that the text or `source` states otherwise (as
+        denied, as present), else one of `vocabulary`.
     rng : draws the place and the change.
     vocabulary : findings to add from; common ones by default.
+    source : what the text was written from, whose findings are the likeliest to be mixed up.
 
     Returns
     -------
@@ -72,9 +79,11 @@ def plant_error(
     if kind not in KINDS:
         raise UsageError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     facts = read_facts(text)
-    if kind in ("finding_added", "finding_swapped"):
-        plant = _add if kind == "finding_added" else _swap
-        return plant(text, facts, rng, VOCABULARY if vocabulary is None else vocabulary)
+    words = VOCABULARY if vocabulary is None else vocabulary
+    if kind == "finding_added":
+        return _add(text, facts, rng, words)
+    if kind == "finding_swapped":
+        return _swap(text, facts, rng, words, source)
     places = list(range(len(facts)))
     rng.shuffle(places)
     for place in places:
@@ -200,8 +209,7 @@ _ADDED = ("{} is present.", "There is {}.", "Also {}.", "New {} noted.")
 
 def _add(text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary: Sequence[str]) -> Planted | None:
     known = {fact.name for fact in facts}
-    named = [(term, {fact.name for fact in read_facts(term)}) for term in vocabulary]
-    free = [term for term, names in named if names and not names & known]
+    free = _not_known(vocabulary, known)
     if not free or not text.strip():
         return None
     term = free[int(rng.integers(len(free)))]
@@ -217,19 +225,43 @@ def _add(text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary:
     return _replaced(text, at, at, " " + sentence, "finding_added", None)
 
 
-def _swap(text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary: Sequence[str]) -> Planted | None:
+def _not_known(vocabulary: Sequence[str], known: Collection[str]) -> list[str]:
+    """Return the findings of a vocabulary that a text does not state."""
+    return [term for term in vocabulary if (names := _names(term)) and not names & set(known)]
+
+
+@lru_cache(maxsize=4096)
+def _names(term: str) -> frozenset[str]:
+    return frozenset(fact.name for fact in read_facts(term))
+
+
+def _swap(
+    text: str, facts: Sequence[Fact], rng: np.random.Generator, vocabulary: Sequence[str], source: str | None
+) -> Planted | None:
     findings = [fact for fact in facts if fact.kind == "finding" and _of_the_patient(fact)]
     known = {fact.name for fact in facts}
-    free = [term for term in vocabulary if (names := {fact.name for fact in read_facts(term)}) and not names & known]
+    stated = [(text[fact.start : fact.end], fact) for fact in findings]
+    read_from = " ".join((source or "").lower().split())
+
+    def copied(words: str) -> bool:
+        return " ".join(words.lower().split()) in read_from
+
+    if source is not None:
+        theirs = [fact for fact in read_facts(source) if fact.kind == "finding" and _of_the_patient(fact)]
+        stated += [(source[fact.start : fact.end], fact) for fact in theirs]
     for place in rng.permutation(len(findings)):
         fact = findings[int(place)]
-        others = [text[other.start : other.end] for other in findings if other.presence != fact.presence] or free
+        others = [words for words, other in stated if other.name != fact.name and other.presence != fact.presence]
+        old = text[fact.start : fact.end]
+        # Both names stand in the source, or neither does: else copying would be learned or unlearned, and not the fact.
+        others = [words for words in others or _not_known(vocabulary, known) if copied(words) == copied(old)]
         if not others or sum(other.name == fact.name for other in facts) > 1:
             continue
-        old, new = text[fact.start : fact.end], others[int(rng.integers(len(others)))]
+        new = " ".join(others[int(rng.integers(len(others)))].split())
         new = _cased(new if new[:2].isupper() else new[:1].lower() + new[1:], old)
         planted = _replaced(text, fact.start, fact.end, new, "finding_swapped", fact)
-        if compare_facts(planted.text, text).errors:  # chest pain is pain, and no error where that was stated
+        # Chest pain is pain, and no error where that was stated.
+        if compare_facts(planted.text, text, source=source).errors:
             return planted
     return None
 

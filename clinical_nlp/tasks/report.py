@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
@@ -584,19 +585,49 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def preference_rows(
-    task: ReportTask, prompts: Sequence[list[int]], chosen: Sequence[str], rejected: Sequence[str], tokenizer: Any
-) -> list[dict[str, Any]]:
-    """Return prompt, preferred and rejected report as tokens; pairs whose reports do not fit are left out."""
+    task: ReportTask,
+    prompts: Sequence[list[int]],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    tokenizer: Any,
+    *,
+    differing: bool = True,
+) -> list[dict[str, Any] | None]:
+    """Return prompt, preferred and rejected report as tokens, and which tokens count (1) in the loss.
+
+    A pair whose reports do not fit, or are the same, is None. With `differing`, the tokens count in which the two
+    reports differ: what they share is then neither learned nor unlearned.
+    """
     good, bad = (task.encode_targets(texts, tokenizer) for texts in (chosen, rejected))
-    return [
-        {"prompt_ids": list(prompt), "chosen_ids": first, "rejected_ids": second}
-        for prompt, first, second in zip(prompts, good, bad, strict=True)
-        if max(len(first), len(second)) <= task.max_new_tokens and first != second
-    ]
+    rows: list[dict[str, Any] | None] = []
+    for prompt, first, second in zip(prompts, good, bad, strict=True):
+        if max(len(first), len(second)) > task.max_new_tokens or first == second:
+            rows.append(None)
+            continue
+        masks = differing_tokens(first, second) if differing else ([1] * len(first), [1] * len(second))
+        rows.append({"prompt_ids": list(prompt), "chosen_ids": first, "rejected_ids": second,
+                     "chosen_mask": masks[0], "rejected_mask": masks[1]})  # fmt: skip
+    return rows
+
+
+def differing_tokens(one: Sequence[int], other: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Mark (1) the tokens in which two rows differ; where one has nothing, the token that stands there instead."""
+    masks = [0] * len(one), [0] * len(other)
+    for what, *ends in SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        if what != "equal":
+            for mask, (start, end) in zip(masks, (ends[:2], ends[2:]), strict=True):
+                for place in range(start, min(max(end, start + 1), len(mask))):
+                    mask[place] = 1
+    return masks
 
 
 def log_likelihoods(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], *, pad_token_id: int, batch_tokens: int = 4096
+    model: Any,
+    rows: Sequence[tuple[list[int], list[int]]],
+    *,
+    pad_token_id: int,
+    counted: Sequence[Sequence[int]] | None = None,
+    batch_tokens: int = 4096,
 ) -> np.ndarray:
     """Return the log-likelihood of each report, given its prompt, in nats.
 
@@ -604,6 +635,7 @@ def log_likelihoods(
     ----------
     model : causal language model (or peft model around one).
     rows : (prompt, report) as tokens.
+    counted : of each report, which tokens count (1); default all.
 
     Returns
     -------
@@ -624,12 +656,26 @@ def log_likelihoods(
             for position, place in enumerate(batch):
                 prompt, report = rows[place]
                 ids[position, : len(prompt) + len(report)] = torch.tensor([*prompt, *report])
-                weight[position, len(prompt) : len(prompt) + len(report)] = 1
+                own = torch.ones(len(report)) if counted is None else torch.tensor(counted[place], dtype=weight.dtype)
+                weight[position, len(prompt) : len(prompt) + len(report)] = own
             logits = model(input_ids=ids.to(device)).logits[:, :-1].float()
             nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(device), reduction="none")
             found[batch] = -(nats * weight[:, 1:].to(device)).sum(1).double().cpu().numpy()
     model.train(was_training)
     return found
+
+
+def with_reference(model: Any, rows: Sequence[dict[str, Any]], *, pad_token_id: int) -> list[dict[str, Any]]:
+    """Return preference rows with the log-likelihoods of what counts in them, by the model as it is."""
+    whole = [dict(row) for row in rows]
+    for which in ("chosen", "rejected"):
+        nats = log_likelihoods(
+            model, [(row["prompt_ids"], row[f"{which}_ids"]) for row in rows],
+            pad_token_id=pad_token_id, counted=[row[f"{which}_mask"] for row in rows],
+        )  # fmt: skip
+        for row, value in zip(whole, nats, strict=True):
+            row[f"ref_{which}_logps"] = float(value)
+    return whole
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -647,16 +693,20 @@ def collate_preferences(rows: Sequence[dict[str, Any]], pad_token_id: int) -> di
     """Make one batch of preferred reports and, below them, rejected ones, with the reference's log-likelihoods."""
     import torch
 
-    whole = [(row["prompt_ids"], row[which]) for which in ("chosen_ids", "rejected_ids") for row in rows]
-    width = max(len(prompt) + len(report) for prompt, report in whole)
+    whole = [
+        (row["prompt_ids"], row[f"{which}_ids"], row[f"{which}_mask"])
+        for which in ("chosen", "rejected")
+        for row in rows
+    ]
+    width = max(len(prompt) + len(report) for prompt, report, _ in whole)
     ids = torch.full((len(whole), width), pad_token_id)
     seen = torch.zeros((len(whole), width), dtype=torch.long)
     report_mask = torch.zeros((len(whole), width), dtype=torch.long)
-    for place, (prompt, report) in enumerate(whole):
+    for place, (prompt, report, mask) in enumerate(whole):
         end = len(prompt) + len(report)
         ids[place, :end] = torch.tensor([*prompt, *report])
         seen[place, :end] = 1
-        report_mask[place, len(prompt) : end] = 1
+        report_mask[place, len(prompt) : end] = torch.tensor(mask)
     batch = {"input_ids": ids, "attention_mask": seen, "completion_mask": report_mask}
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)

@@ -129,6 +129,12 @@ def test_preferences_are_tuned_from_a_report_run_on_the_same_patients(tmp_path, 
             assert len(line) < 12 or line not in shown.out + shown.err
     assert load_reporter(run.path)(["Clear lungs."])
 
+    hard = {"base_model": str(made.path), "preference.pairs": 6, "preference.candidates": 3,
+            "preference.tokens": "differing", "preference.errors": ["finding_swapped", "negation"]}  # fmt: skip
+    counts = write(tmp_path / "hard", decoder, **hard).manifest["training"]
+    assert counts["preference_pairs"] == 6
+    assert counts["preference_pairs"] == sum(n for name, n in counts.items() if name.startswith("planted_"))
+
     with pytest.raises(ConfigError, match="seed differs from that of run"):
         write(tmp_path / "seed", decoder, **tuned, seed=1)
     with pytest.raises(ConfigError, match="is none; run report without preference first"):

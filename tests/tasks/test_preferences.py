@@ -108,3 +108,13 @@ def test_the_same_draw_plants_the_same_error():
 def test_unknown_kind_is_named():
     with pytest.raises(UsageError, match="negation, side"):
         plant_error("Fever.", "spelling", draw())
+
+
+def test_findings_are_swapped_with_those_that_the_source_states_otherwise():
+    source = "Left effusion. No pneumothorax. Gallstones. No cough."
+    written = {plant_error("Left effusion.", "finding_swapped", draw(seed), source=source).text for seed in range(20)}
+    assert written == {"Left pneumothorax.", "Left cough."}
+    assert {plant_error("No cough.", "finding_swapped", draw(seed), source=source).text for seed in range(20)} == {
+        "No effusion.",
+        "No gallstones.",
+    }

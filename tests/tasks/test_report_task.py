@@ -208,6 +208,39 @@ def test_log_likelihoods_are_those_of_the_report_alone(base):
             logits = torch.log_softmax(base.network(torch.tensor([[*prompt, *answer]])).logits[0], -1)
         wanted = sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
         assert value == pytest.approx(wanted, abs=1e-4)
+    masks = [rng.integers(0, 2, size=len(answer)).tolist() for _, answer in rows]
+    inverse = [[1 - counts for counts in mask] for mask in masks]
+    parts = [report.log_likelihoods(base.network, rows, pad_token_id=0, counted=m) for m in (masks, inverse)]
+    assert np.allclose(parts[0] + parts[1], found, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "masks"),
+    [
+        ([5, 6, 7, 2], [5, 8, 7, 2], ([0, 1, 0, 0], [0, 1, 0, 0])),
+        ([5, 6, 7, 2], [5, 8, 9, 7, 2], ([0, 1, 0, 0], [0, 1, 1, 0, 0])),
+        ([6, 7, 2], [5, 6, 7, 2], ([1, 0, 0], [1, 0, 0, 0])),  # what stands in the place of an inserted token
+        ([5, 6, 7, 2], [5, 2], ([0, 1, 1, 0], [0, 1])),
+    ],
+)
+def test_what_differs_counts_and_what_is_shared_does_not(one, other, masks):
+    assert report.differing_tokens(one, other) == masks
+    assert report.differing_tokens(other, one) == masks[::-1]
+
+
+def test_preference_rows_count_what_differs(base):
+    task = report.report_task(
+        base, kind="findings_impression", instruction="", window=96, max_new_tokens=24, too_long="error"
+    )
+    texts = (["no effusion", "clear", "a " * 60], ["effusion", "clear", "effusion"])
+    for differing in (True, False):
+        row, *none = report.preference_rows(task, [[5]] * 3, *texts, base.tokenizer, differing=differing)
+        assert none == [None, None]  # the same text, one that is too long
+        batch = report.collate_preferences([row | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}], 0)
+        for which, ids, mask in zip(("chosen", "rejected"), batch["input_ids"], batch["completion_mask"], strict=True):
+            assert mask[1 : 1 + len(row[f"{which}_ids"])].tolist() == row[f"{which}_mask"]
+            counted = ids[mask.bool()].tolist()
+            assert (counted == row[f"{which}_ids"]) != differing
 
 
 def test_kinds_of_error_are_planted_alike_often():

@@ -32,21 +32,15 @@ def preferred(folder, strategy):
     sources = ["clear " * int(n) for n in rng.integers(1, 6, size=12)]
     prompts = task.encode_sources(sources, base.tokenizer).prompts
     rows = report.preference_rows(task, prompts, ["no effusion"] * 12, ["effusion"] * 12, base.tokenizer)
-    for name, column in (("chosen_ids", "ref_chosen_logps"), ("rejected_ids", "ref_rejected_logps")):
-        texts = [(row["prompt_ids"], row[name]) for row in rows]
-        for row, nats in zip(rows, report.log_likelihoods(base.network, texts, pad_token_id=0), strict=True):
-            row[column] = float(nats)
-    return base, task, rows
+    return base, task, report.with_reference(base.network, rows, pad_token_id=0)
 
 
 def margin(network, rows):
     """Mean by which the preferred report is likelier than the rejected one, against the reference."""
-    both = [
-        report.log_likelihoods(network, [(row["prompt_ids"], row[name]) for row in rows], pad_token_id=0)
-        for name in ("chosen_ids", "rejected_ids")
-    ]
-    reference = np.array([row["ref_chosen_logps"] - row["ref_rejected_logps"] for row in rows])
-    return float((both[0] - both[1] - reference).mean())
+    now = report.with_reference(network, rows, pad_token_id=0)
+    gains = [[new[name] - old[name] for new, old in zip(now, rows, strict=True)]
+             for name in ("ref_chosen_logps", "ref_rejected_logps")]  # fmt: skip
+    return float(np.mean(gains[0]) - np.mean(gains[1]))
 
 
 def tune(output, folder, *, strategy="lora", max_steps=6, resume=False, accumulation=1, batch_size=4):
