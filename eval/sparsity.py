@@ -1,7 +1,7 @@
 """What happens to the score as sections and notes go missing, and which patients are served worse.
 
-Takes a finished coding run; of an ner run, whose gold goes with the text that is taken away, completeness and
-subgroups. Nothing is trained; the same held-out patients are scored each time.
+Takes a finished coding or ner run. Nothing is trained; the same held-out patients are scored each time. The gold of an
+ner run goes with the text that is taken away: what is scored is how well the rest is still read without it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SparsityConfig(Config):
     """Take text away from held-out patients and score again; compare groups of them."""
 
     run: str = Field(min_length=1)
-    """Directory of a finished coding run (or ner run: completeness and subgroups alone)."""
+    """Directory of a finished coding or ner run."""
     corpus_path: str | None = None
     """Where the run's corpus is now, if it has moved."""
     shares: list[float] = Field(default=[0.25, 0.5, 0.75])
@@ -69,8 +69,7 @@ def run(config: SparsityConfig, output: Path, *, resume: bool = False) -> Run:
         scored = _coding(config) if Run.load(config.run).manifest.get("recipe") == "coding" else _ner(config)
         book = Book(config, scored)
         book.add("whole", scored.whole, "micro-F1 of the held-out patients, all text")
-        if scored.again is not None:
-            book.take_away()
+        book.take_away()
         book.by_completeness()
         book.by_group()
         run.record(book.estimates)
@@ -116,11 +115,25 @@ def report(run: Run) -> str:
 
 Texts = list[list[str]]
 """Notes of each document."""
+Kept = list[list[list[tuple[int, int]]]]
+"""What is left of each document: of each note the [start, end) that stay, in order; none where the note goes."""
+
+
+def cut(texts: Texts, kept: Kept) -> Texts:
+    """Return what is left of documents, without the notes of which nothing is."""
+    return [
+        ["".join(text[start:end] for start, end in spans) for text, spans in zip(notes, left, strict=True) if spans]
+        for notes, left in zip(texts, kept, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Held-out documents with their patients, notes and counts (true, predicted, gold), and how to count again."""
+    """Held-out documents with their patients, notes and counts (true, predicted, gold), and how to count again.
+
+    `again` takes what is left of some documents and which they are, and returns counts before and after, of the same
+    gold: all codes of a document, or the spans of a note that lie in what is left.
+    """
 
     recipe: str
     unit: str
@@ -130,7 +143,7 @@ class Scored:
     note_rows: list[list[int]]
     texts: Texts = field(repr=False)
     whole: np.ndarray = field(repr=False)
-    again: Callable[[Texts, Sequence[int]], np.ndarray] | None = field(repr=False)
+    again: Callable[[Kept, Sequence[int]], tuple[np.ndarray, np.ndarray]] = field(repr=False)
     record: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -144,6 +157,9 @@ def _coding(config: SparsityConfig) -> Scored:
         found = coded.coder.logits([notes or [""] for notes in texts]) >= coded.coder.threshold
         return np.stack([(found & gold[places]).sum(1), found.sum(1), wanted[places]], 1).astype(np.float64)
 
+    def again(kept: Kept, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return whole[list(places)], count(cut([texts[place] for place in places], kept), places)
+
     texts = coded.texts(rows)
     patients = [coded.data.patients[row] for row in rows]
     notes = [coded.data.notes[row] for row in rows]
@@ -151,7 +167,7 @@ def _coding(config: SparsityConfig) -> Scored:
     record = coded.record() | {
         "thresholds": ["a code is proposed at the threshold that the run chose on development patients"]
     }
-    return Scored("coding", coded.data.unit, split, coded.data.corpus, patients, notes, texts, whole, count, record)
+    return Scored("coding", coded.data.unit, split, coded.data.corpus, patients, notes, texts, whole, again, record)
 
 
 def _ner(config: SparsityConfig) -> Scored:
@@ -159,7 +175,14 @@ def _ner(config: SparsityConfig) -> Scored:
     if subject.recipe != "ner":
         raise ConfigError(f"config key 'run': {config.run} is of recipe {subject.recipe!r}; name a coding or ner run")
     rows = subject.split.test
-    counts = note_counts(subject, ner.NerPredictor.load(subject.run.path), rows).astype(np.float64)
+    predictor = ner.NerPredictor.load(subject.run.path)
+    counts = note_counts(subject, predictor, rows).astype(np.float64)
+    gold = [[span for span in subject.gold[row] if span[2] in subject.labels] for row in rows]
+
+    def predict(texts: Sequence[str]) -> list[list[ner.Span]]:
+        return [[span[:3] for span in spans] for spans in predictor.predict(texts)]
+
+    again = span_counts([subject.texts[row] for row in rows], gold, subject.labels, predict)
     patients = [subject.patients[row] for row in rows]
     texts = [[subject.texts[row]] for row in rows]
     notes = [[int(row)] for row in rows]
@@ -167,7 +190,58 @@ def _ner(config: SparsityConfig) -> Scored:
         subject.split.describe(),
         subject.record() | {"thresholds": ["the likeliest tags are taken; no threshold"]},
     )
-    return Scored("ner", "note", split, subject.corpus, patients, notes, texts, counts, None, record)
+    return Scored("ner", "note", split, subject.corpus, patients, notes, texts, counts, again, record)
+
+
+def span_counts(
+    texts: Sequence[str],
+    gold: Sequence[Sequence[ner.Span]],
+    labels: Sequence[str],
+    predict: Callable[[Sequence[str]], list[list[ner.Span]]],
+) -> Callable[[Kept, Sequence[int]], tuple[np.ndarray, np.ndarray]]:
+    """Return how to count spans again: those that lie in what is left, from the whole note and from the rest alone.
+
+    What is predicted across a cut is counted against the rest: nobody wrote it.
+
+    Parameters
+    ----------
+    texts, gold : of n notes; spans are (start, end, label).
+    predict : texts -> spans.
+    """
+    known: dict[int, list[ner.Span]] = {}
+
+    def again(kept: Kept, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        new = [place for place in places if place not in known]
+        known.update(zip(new, predict([texts[place] for place in new]), strict=True))
+        left = [note[0] for note in kept]
+        cuts = ["".join(texts[place][a:b] for a, b in spans) for place, spans in zip(places, left, strict=True)]
+        before: list[np.ndarray] = []
+        after: list[np.ndarray] = []
+        for place, spans, found in zip(places, left, predict(cuts), strict=True):
+            wanted = [span for span in gold[place] if _inside(span, spans)]
+            seen = [span for span in known[place] if _inside(span, spans)]
+            for given, into in ((seen, before), ([_placed(span, spans) for span in found], after)):
+                into.append(ner.count_matches(wanted, given, labels)[:, :3].sum(0))
+        return np.array(before, dtype=np.float64), np.array(after, dtype=np.float64)
+
+    return again
+
+
+def _inside(span: ner.Span, kept: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= span[0] and span[1] <= end for start, end in kept)
+
+
+def _placed(span: ner.Span, kept: Sequence[tuple[int, int]]) -> ner.Span:
+    """Return where a span of what is left stands in the whole note."""
+    places, passed = [], 0
+    for offset in (span[0], span[1] - 1):
+        passed = 0
+        for start, end in kept:
+            if offset < passed + end - start:
+                places.append(start + offset - passed)
+                break
+            passed += end - start
+    return places[0], places[1] + 1, span[2]
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -216,24 +290,25 @@ class Book:
         """Leave out each kind of section, each note type, and shares of all sections."""
         scored, everyone = self.scored, np.arange(len(self.scored.patients))
         parts = [[_sections(text) for text in notes] for notes in scored.texts]
-        for category in self._frequent([{name for note in notes for name, _ in note if name} for notes in parts]):
+        for category in self._frequent([{name for note in notes for name, *_ in note if name} for notes in parts]):
             say(f"without {category}")
-            left = [["".join(text for name, text in note if name != category) for note in notes] for notes in parts]
+            left = [[_joined([span for name, *span in note if name != category]) for note in notes] for notes in parts]
             self._without("section", category, left)
         types = scored.corpus.notes["note_type"].to_pylist()
         kinds = [[types[row] for row in rows] for rows in scored.note_rows]
         names = self._frequent([{kind for kind in found if kind} for found in kinds])
-        for kind in names if len(names) > 1 else []:
+        # Of an ner run nothing would be left to score: a document is one note.
+        for kind in names if len(names) > 1 and scored.recipe != "ner" else []:
             say(f"without notes of type {kind}")
             kept = [
-                [text for text, own in zip(notes, found, strict=True) if own != kind]
+                [[(0, len(text))] if own != kind else [] for text, own in zip(notes, found, strict=True)]
                 for notes, found in zip(scored.texts, kinds, strict=True)
             ]
             self._without("note type", kind, kept)
         for share in sorted(self.config.shares):
             say(f"without {100 * share:g} % of the sections")
             left = [
-                ["".join(text for at, (_, text) in enumerate(note) if self._drawn(row, place, at) >= share)
+                [_joined([span for at, (_, *span) in enumerate(note) if self._drawn(row, place, at) >= share])
                  for place, note in enumerate(notes)]
                 for row, notes in enumerate(parts)
             ]  # fmt: skip
@@ -255,22 +330,25 @@ class Book:
             self.missing[f"{len(rare)} kinds of section or note"] = f"fewer than {_CELL} held-out patients have them"
         return sorted(name for name, people in have.items() if len(people) >= _CELL)
 
-    def _without(self, what: str, name: str, left: Texts) -> None:
-        changed = np.array([row for row, notes in enumerate(left) if notes != self.scored.texts[row]], dtype=int)
+    def _without(self, what: str, name: str, left: Kept) -> None:
+        lengths = [sum(end - start for note in notes for start, end in note) for notes in left]
+        whole = [sum(map(len, notes)) for notes in self.scored.texts]
+        changed = np.flatnonzero(np.array(lengths) != np.array(whole))
         if len(changed):
             self._compare(what, name, left, changed)
 
-    def _compare(self, what: str, name: str, left: Texts, rows: np.ndarray) -> None:
+    def _compare(self, what: str, name: str, left: Kept, rows: np.ndarray) -> None:
         """Score the documents that lack something, beside the same documents whole."""
-        assert self.scored.again is not None
-        counts = self.scored.whole.copy()
-        counts[rows] = self.scored.again([left[row] for row in rows.tolist()], rows.tolist())
+        before, after = self.scored.again([left[row] for row in rows.tolist()], rows.tolist())
         key, unit = f"{what}.{name}", self.scored.unit
         words = f"micro-F1 of the {unit}s that have it, without {what} {name}"
         if what == "share":
             words = f"micro-F1 of all {unit}s, {name} of their sections left out at random"
-        self.add(f"{key}.without", counts, words, rows)
-        before, after = self._people(self.scored.whole, rows), self._people(counts, rows)
+        if self.scored.recipe == "ner":
+            words += "; the spans in what is left"
+        people = [self.scored.patients[row] for row in rows.tolist()]
+        before, after = by_patient(people, before), by_patient(people, after)
+        self.enter(f"{key}.without", patient_bootstrap(after, f1, **self._common(rows)), words)
         loss = paired(before, after, f1, **self._common(rows))
         if np.array_equal(before, after):
             loss = Estimate(0.0, math.nan, math.nan, len(before), len(rows), "test", "no prediction changed")
@@ -280,7 +358,7 @@ class Book:
     def by_completeness(self) -> None:
         """Score groups of patients by how many kinds of section their notes have, a document's mean."""
         scored = self.scored
-        kinds = [len({name for text in notes for name, _ in _sections(text) if name}) for notes in scored.texts]
+        kinds = [len({name for text in notes for name, *_ in _sections(text) if name}) for notes in scored.texts]
         rows = np.unique(scored.patients, return_inverse=True)[1]
         mean = np.bincount(rows, weights=np.array(kinds, dtype=float)) / np.bincount(rows)
         cuts = np.unique(np.quantile(mean, np.arange(1, self.config.n_strata) / self.config.n_strata))
@@ -375,6 +453,17 @@ class Book:
         return found
 
 
-def _sections(text: str) -> list[tuple[str, str]]:
-    """Return the sections of a note: category, empty without a header, and text."""
-    return [(one.category if one.named else "", text[one.start : one.end]) for one in find_sections(text)]
+def _sections(text: str) -> list[tuple[str, int, int]]:
+    """Return the sections of a note: category, empty without a header, and where it starts and ends."""
+    return [(one.category if one.named else "", one.start, one.end) for one in find_sections(text)]
+
+
+def _joined(spans: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Join spans that follow on each other, so that nothing counts as cut where nothing was."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        elif end > start:
+            found.append((start, end))
+    return found

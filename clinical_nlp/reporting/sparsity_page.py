@@ -86,8 +86,13 @@ def _limits(results: dict[str, Any]) -> list[str]:
         f"“Worse”: the whole 95 % interval lies above {margin}. “No worse”: it lies at or below. Nothing is corrected "
         f"for the {len(results['findings'])} comparisons: at a margin of 0, about one in forty that are alike is "
         "called worse by chance.",
-        "Text was taken away after training. A model that was trained without it might do without it. Gold is what the "
-        "whole record says.",
+        "Text was taken away after training. A model that was trained without it might do without it. "
+        + (
+            "Gold goes with the text that is taken away: scored is how well the rest is still read, the same spans "
+            "before and after."
+            if results["run"]["recipe"] == "ner"
+            else "Gold is what the whole record says."
+        ),
         "A gap between groups may come from sicker patients, shorter notes or other institutions; this does not tell "
         "them apart.",
     ]
@@ -98,7 +103,7 @@ def _missing_text(results: dict[str, Any]) -> list[Section]:
     found = _of(results, "section", "note type")
     shares = _of(results, "share")
     if not found and not shares:
-        text = "Of an ner run, gold goes with the text that is taken away, so this was not measured; name a coding run."
+        text = "No kind of section or note is frequent enough, and no share of the sections was asked for."
         return [Section("Without a part of the text", [Text(text)])]
     rows, drawn = [], []
     for one in found:

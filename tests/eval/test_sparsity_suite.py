@@ -13,11 +13,11 @@ from tiny_models import write_encoder
 from clinical_nlp.config import load_config
 from clinical_nlp.errors import ConfigError
 from clinical_nlp.eval import sparsity
-from clinical_nlp.eval.sparsity import Book, Scored
+from clinical_nlp.eval.sparsity import Book, Scored, cut, span_counts
 from clinical_nlp.notes.corpus import Card, Corpus
 from clinical_nlp.notes.schema import PATIENT_SCHEMA, Note, notes_table
 from clinical_nlp.recipe import execute, find_recipe
-from clinical_nlp.recipes import coding
+from clinical_nlp.recipes import coding, ner
 from clinical_nlp.reporting.sparsity_page import sparsity_page
 from clinical_nlp.reporting.tripod import tripod_section
 
@@ -45,13 +45,18 @@ def planted(n=120, *, unfair=False):
         patients.append(f"p{number}")
         texts.append(pages)
 
-    def count(texts, places):
+    def count(texts):
         found = np.array(["furosemide" in "".join(pages) for pages in texts])
         return np.stack([found, found, np.ones(len(texts))], 1).astype(float)
 
+    whole = count(texts)
+
+    def again(kept, places):
+        return whole[places], count(cut([texts[place] for place in places], kept))
+
     corpus = Corpus(notes_table(notes), Card("made", "", "", "", "", "", "", ""),
                     patients=pa.Table.from_pylist(people, schema=PATIENT_SCHEMA))  # fmt: skip
-    return Scored("coding", "encounter", "made", corpus, patients, rows, texts, count(texts, range(n)), count)
+    return Scored("coding", "encounter", "made", corpus, patients, rows, texts, whole, again)
 
 
 def state_of(book):
@@ -115,6 +120,71 @@ def test_small_groups_are_hidden_and_unknown_columns_are_told():
         Book(settings(columns=["sxe"]), scored).by_group()
     with pytest.raises(ConfigError, match="between 0 and 1"):
         execute(find_recipe("sparsity", "eval"), settings(shares=[1.5]), output=None)
+
+
+def fevers(texts):
+    """Tag fevers, but only in notes that say why the patient came; and the word after each cut-off "no"."""
+    found = []
+    for text in texts:
+        spans = [(at, at + 5, "problem") for at in range(len(text)) if text.startswith("fever", at)]
+        spans += [(at, at + 8, "problem") for at in range(len(text)) if text.startswith("no\ncough", at)]
+        found.append(sorted(spans) if "REASON" in text else [])
+    return found
+
+
+def test_spans_are_scored_where_they_are_left_before_and_after():
+    text = "REASON: fever.\nPLAN: rest, no\nMORE: fever\ncough and fever"
+    gold = [(8, 13, "problem"), (36, 41, "problem"), (52, 57, "problem"), (42, 47, "problem")]
+    assert [text[a:b] for a, b, _ in gold] == ["fever", "fever", "fever", "cough"]
+    again = span_counts([text, text], [gold, gold], ("problem",), fevers)
+    whole = (0, len(text))
+    before, after = again([[[whole]], [[whole]]], [0, 1])
+    assert before.tolist() == after.tolist() == [[3, 3, 4]] * 2
+    without_reason = [[(15, len(text))]]
+    before, after = again([without_reason], [1])
+    assert before.tolist() == [[2, 2, 3]]  # the fever of the first section counts on neither side
+    assert after.tolist() == [[0, 0, 3]]
+    without_more = [[(0, 30), (42, len(text))]]
+    before, after = again([without_more], [0])
+    assert before.tolist() == [[2, 2, 3]]
+    assert after.tolist() == [[2, 3, 3]]  # what is read across the cut is nobody's, and wrong
+    before, after = again([[[]]], [0])
+    assert before.tolist() == after.tolist() == [[0, 0, 0]]
+
+
+def test_a_span_finds_its_way_back_over_every_cut():
+    text = "abcdefghijklmnop"
+    kept = [(2, 5), (8, 10), (12, 16)]
+    left = "".join(text[a:b] for a, b in kept)
+    for start in range(len(left)):
+        for end in range(start + 1, len(left) + 1):
+            a, b, _ = sparsity._placed((start, end, "x"), kept)
+            assert (text[a], text[b - 1]) == (left[start], left[end - 1])
+
+
+def test_a_tagging_run_reads_the_rest_of_a_note_without_a_section(tmp_path):
+    values = {
+        "corpus.options": {"institutions": 2, "patients": 45, "notes_per_patient": [1, 1]},
+        "base_model": str(write_encoder(tmp_path / "encoder")),
+        "strategy.name": "full",
+        "max_steps": 5,
+        "window": 128,
+        "overlap": 16,
+        "baseline_notes": 0,
+        "split.test": 0.5,
+    }
+    tagged = ner.run(load_config(ner.CONFIG, None, values), tmp_path / "tagged")
+    run = execute(find_recipe("sparsity", "eval"), settings(run=str(tagged.path), shares=[0.5]), output=tmp_path / "o")
+    found = json.loads((run.path / "results.json").read_text("utf-8"))
+    sections = [one for one in found["findings"] if one["kind"] == "section"]
+    assert sections
+    assert "share.50 %.loss" in found["numbers"]
+    for one in sections:
+        entry = found["numbers"][one["number"]]
+        assert "the spans in what is left" in entry["protocol"]
+        assert entry["low"] is not None or entry["note"]
+    assert not [one for one in found["findings"] if one["kind"] == "note type"]
+    assert "the same spans before and after" in (run.path / "report.html").read_text("utf-8")
 
 
 def test_a_coding_run_from_the_command_on(tmp_path):
