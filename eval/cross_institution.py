@@ -39,7 +39,7 @@ from clinical_nlp.invariance.objectives import NEEDS, ObjectiveConfig
 from clinical_nlp.models.embeddings import embed_notes
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.progress import progress, say
-from clinical_nlp.reporting.tripod import corpus_record, tripod_section
+from clinical_nlp.reporting.tripod import SMALLEST_CELL, corpus_record, tripod_section
 from clinical_nlp.runs import Estimate, Run, write_atomic, write_json
 from clinical_nlp.statistics.permutation import holm
 
@@ -168,8 +168,8 @@ def report(run: Run) -> str:
 def _record(corpus: Corpus, bench: Bench, tuner: FineTuner | None) -> dict[str, Any]:
     rows, encoder = np.array(bench.data.rows), bench.config.features.encoder
     model = bench.config.fine_tuning.base_model if tuner is not None else None if encoder == "tfidf" else encoder
-    parts = {"trained on": rows[~bench.scored], "scored on": rows[bench.scored]}
-    return corpus_record(corpus, parts, judged=model, trained="trained on") | {
+    parts = {"training": rows[~bench.scored], "scored": rows[bench.scored]}
+    return corpus_record(corpus, parts, judged=model, trained="training") | {
         "thresholds": ["none: an AUC ranks notes; decisions of a finished run are judged by the suite calibration"]
     }
 
@@ -282,16 +282,18 @@ class Bench:
         found = []
         for name, scored in itertools.product(self.names, (False, True)):
             rows = (data.institution == name) & (self.scored == scored)
+            people = len(np.unique(data.patient[rows]))
             dates = sorted(when for when, chosen in zip(data.written, rows, strict=True) if chosen and when)
+            dates = dates if people >= SMALLEST_CELL else []  # the date of one of a few is theirs
             found.append(
                 {
                     "institution": name,
                     "part": "scored on" if scored else "trained on",
-                    "n_patients": len(np.unique(data.patient[rows])),
+                    "n_patients": people,
                     "n_notes": int(rows.sum()),
                     "n_with_label": int(data.label[rows].sum()),
-                    "first": str(dates[0].date()) if dates else None,
-                    "last": str(dates[-1].date()) if dates else None,
+                    "first": f"{dates[0]:%Y-%m}" if dates else None,
+                    "last": f"{dates[-1]:%Y-%m}" if dates else None,
                 }
             )
         return found

@@ -34,8 +34,8 @@ def cross_institution_page(results: dict[str, Any], judging: Section) -> str:
     return page(
         "Across institutions",
         sections,
-        subtitle=f"Corpus {corpus['name']} (institution: {corpus['institution_means']}); told of each note: whether "
-        f"its encounter has {label['system']} code {label['code']}",
+        subtitle=f"Corpus {corpus['name']} (institution: {corpus['institution_means'].rstrip('.')}); told of each "
+        f"note: whether its encounter has {label['system']} code {label['code']}",
         footer=f"clinical-nlp evaluate cross_institution, protocol version {results['version']}",
     )
 
@@ -84,20 +84,18 @@ def _verdicts(results: dict[str, Any]) -> list[Notice]:
         claims = [row for row in table["rows"] if row.get("verdict") in ("higher", "lower")]
         helped = [row["name"] for row in claims if row["verdict"] == "higher" and row["tier"] not in _ASIDE]
         harmed = [row["name"] for row in claims if row["verdict"] == "lower" and row["tier"] not in _ASIDE]
+        made = f"{table['base_model']}, fine-tuned" if tuned else "A model trained"
         words = [
-            f"A model trained on {len(table['sources'])} other institution(s) scores AUC "
-            f"{_said(_entry(results, f'{prefix}.erm'))} there, {_said(source)} less than at home. "
-            + (
-                f"That is {_said(drop)} below a model of the institution's own patients: a drop is shown."
-                if shown
-                else f"Against a model of the institution's own patients the drop is {_said(drop)}: none is shown."
-            ),
-            f"Better than erm: {', '.join(map(_name, helped))}."
+            f"{made} at {', '.join(table['sources'])} scores AUC {_said(_entry(results, f'{prefix}.erm'))} on "
+            f"{table['n_patients']} patients ({table['n_notes']} notes) of {target}; its AUC at home minus that: "
+            f"{_said(source)}. A model of as many of {target}'s own patients minus it: {_said(drop)}; "
+            f"{'a drop is shown' if shown else 'no drop is shown'}.",
+            f"Better than plain training (erm): {', '.join(map(_name, helped))}."
             if helped
-            else "Nothing is shown to be better than erm.",
+            else "Nothing is shown to be better than plain training (erm).",
         ]
         if harmed:
-            words.append(f"Worse than erm: {', '.join(map(_name, harmed))}.")
+            words.append(f"Worse: {', '.join(map(_name, harmed))}.")
         control: dict[str, Any] = next((row for row in table["rows"] if row["name"] == "erm_reseeded"), {})
         alarm = control.get("p_seeds") is not None and control["p_seeds"] <= results["protocol"]["level"]
         if alarm:
@@ -105,14 +103,12 @@ def _verdicts(results: dict[str, Any]) -> list[Notice]:
                 "The control failed: erm with other seeds differs from erm, so a difference of that size means nothing."
             )
         tone = "caution" if alarm or (shown and helped) else "bad" if shown else "plain"
-        found.append(
-            Notice(
-                " ".join(words),
-                tone,
-                f"{target} ({table['n_patients']} patients, {table['n_notes']} notes"
-                + (f"; {table['base_model']} fine-tuned)" if tuned else ")"),
-            )
+        state = (
+            "the control failed" if alarm else "a model from elsewhere scores lower" if shown else "no drop is shown"
         )
+        if helped and not alarm:
+            state += "; some methods score higher"
+        found.append(Notice(" ".join(words), tone, f"{target}{', fine-tuned' if tuned else ''}: {state}"))
     return found
 
 

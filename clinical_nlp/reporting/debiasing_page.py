@@ -102,6 +102,9 @@ def _limits(results: dict[str, Any]) -> list[str]:
         "Intervals are for these trained probes and other patients of these institutions. They say nothing about "
         "another institution, and nothing is corrected for looking at several figures.",
     ]
+    if results["erasers"]:
+        names = ", ".join(results["erasers"])
+        points.append(f"{names}: ways of taking the institution out of the vectors, fitted on other patients.")
     if len(results["protocol"]["institutions"]) > 2:
         points.append("With more than two institutions, the AUC is the mean over institutions of one against the rest.")
     return points

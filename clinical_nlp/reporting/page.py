@@ -17,6 +17,7 @@ from clinical_nlp.reporting.plots import interval_plot, line_plot, number
 from clinical_nlp.runs import Estimate, Run, write_atomic
 
 _INTERVAL = re.compile(r"[−∞\d.\u202fe]+ to [−∞\d.\u202fe]+")
+_WITH_INTERVAL = re.compile(r"([−∞\d.\u202fe]+) (\([−∞\d.\u202fe]+ to [−∞\d.\u202fe]+\))")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Table:
     rows: Sequence[Sequence[Any]]
     caption: str = ""
     kind = "table"
+
+    @property
+    def legend(self) -> str:
+        """The caption, and why estimates among the cells have no interval."""
+        cells = [cell for row in self.rows for cell in row if isinstance(cell, Estimate)]
+        reasons = dict.fromkeys(cell.note for cell in cells if cell.note and math.isnan(cell.low))
+        if not reasons:
+            return self.caption
+        caption = f"{self.caption.rstrip('.')}. " if self.caption else ""
+        return f"{caption}A dash for an interval: {'; '.join(reasons)}."
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,13 @@ def p_text(p_value: float | None) -> str:
     """Write a p-value with two digits, never as zero."""
     if p_value is None or math.isnan(p_value):
         return "–"
-    return f"{p_value:.2f}" if p_value >= 0.095 else f"{p_value:.{2 if p_value >= 0.01 else 4}g}"
+    return f"{p_value:.2f}" if p_value >= 0.095 else f"{p_value:.2g}"
+
+
+def _pieces(value: Any) -> list[str]:
+    """Return a cell in pieces that stay on one line each: a figure and its interval, or all of it."""
+    found = _WITH_INTERVAL.fullmatch(_cell(value))
+    return list(found.groups()) if found else [_cell(value)]
 
 
 def _cell(value: Any) -> str:
@@ -145,7 +162,7 @@ def _cell(value: Any) -> str:
 
 def _is_figure(value: Any) -> bool:
     """Whether a cell is a number or an interval, which stays on one line."""
-    return value is None or isinstance(value, (int, float, Estimate)) or bool(_INTERVAL.fullmatch(str(value)))
+    return value is None or isinstance(value, (int, float)) or bool(_INTERVAL.fullmatch(str(value)))
 
 
 @functools.cache
@@ -164,7 +181,7 @@ def template(name: str) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters["pieces"] = _pieces
     environment.tests["numeric"] = _is_figure
     return environment.get_template(name)
 

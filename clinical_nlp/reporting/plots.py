@@ -262,6 +262,28 @@ def line_plot(
     return _svg(_WIDTH, bottom + 46, title, parts)
 
 
+_Box = tuple[float, float, float, float]
+
+
+def _free_place(at: tuple[float, float], width: float, taken: Sequence[_Box]) -> tuple[tuple[float, float], _Box]:
+    """Return where a label beside a point covers no other label or point, as far as there is such a place."""
+    best: tuple[float, tuple[float, float], _Box] | None = None
+    for down in (-6.0, 16.0, 4.0, -20.0, 30.0):
+        for right in (8.0, -8.0 - width):
+            x, y = at[0] + right, at[1] + down
+            box = (x, y - 11.0, x + width, y + 3.0)
+            covered = sum(
+                max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+                * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
+                for other in taken
+            )
+            covered += 100.0 * (max(0.0, 64.0 - box[0]) + max(0.0, box[2] - _WIDTH))
+            if best is None or covered < best[0] - 1e-9:
+                best = (covered, (x, y), box)
+    assert best is not None
+    return best[1], best[2]
+
+
 def point_plot(
     points: Sequence[tuple[str, float, float]],
     *,
@@ -299,10 +321,13 @@ def point_plot(
     if len(front) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in front))
         parts.append(f'<polyline points="{path}" class="line s2"/>')
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in (place(x, y) for _, x, y in shown)]
     for label, x, y in shown:
         at = place(x, y)
         kind = "dot" if not joined or label in joined else "hollow"
         parts.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4.5" class="{kind}"/>')
         if label:
-            parts.append(_text(at[0] + 8, at[1] - 6, label, "tick"))
+            where, box = _free_place(at, 6.8 * len(label), taken)
+            taken.append(box)
+            parts.append(_text(*where, label, "tick"))
     return _svg(_WIDTH, bottom + 46, title, parts)
