@@ -288,7 +288,7 @@ def dropout_probabilities(run: CodedRun, rows: Sequence[int], *, samples: int, s
     """
     import torch
 
-    with dropout_on(run.coder._model) as layers, torch.random.fork_rng():
+    with dropout_on(run.coder.model) as layers, torch.random.fork_rng():
         if not layers:
             raise UsageError(
                 f"run {run.path} has no dropout to sample from; train with strategy.dropout above 0, or leave "

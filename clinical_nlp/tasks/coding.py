@@ -540,6 +540,11 @@ class Coder:
         calibration = Calibration(**values["calibration"])
         return cls(model, task, base.tokenizer, calibration, values["threshold"], values["accept"])
 
+    @property
+    def model(self) -> Any:
+        """The trained module, for what works on it and not on text: dropout while predicting, moving its norms."""
+        return self._model
+
     def predict(self, documents: Sequence[Sequence[str]]) -> list[list[Prediction]]:
         """Return the proposed codes of each document (the texts of its notes, oldest first), most probable first."""
         encoded = self.encode(documents)

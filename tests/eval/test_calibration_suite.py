@@ -225,7 +225,7 @@ def test_dropout_is_at_work_only_inside_the_block(coded):
     run = CodedRun.load(str(coded.path))
     texts = run.texts(run.data.held_out[:2])
     plain = run.coder.logits(texts)
-    with dropout_on(run.coder._model) as layers:
+    with dropout_on(run.coder.model) as layers:
         assert layers > 0
         assert not np.allclose(run.coder.logits(texts), plain)
     assert np.array_equal(run.coder.logits(texts), plain)
