@@ -19,11 +19,16 @@ PHENOTYPE = "phenotype"
 """The label of a mention that the dictionary alone found."""
 
 
+ExtraSpan = tuple[int, int, str, float] | tuple[int, int, str, float, str | None]
+"""(start, end, label, score) of an NER model, and perhaps the id of the concept that a linker links it to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mention:
     """A concept or entity at [start, end) of a note. `section` is None where the note has no header before it.
 
-    `lane` says who found it: dictionary, model, both, or measurement; `concept_id` is None where only the model did.
+    `lane` says who found it: dictionary, model, both, or measurement; `concept_id` is None where only the
+    model did and linked it to none.
     `sentence` is the sentence in which it begins.
     """
 
@@ -69,7 +74,7 @@ class Annotator:
     def annotate(
         self,
         text: str,
-        extra_spans: Sequence[tuple[int, int, str, float]] = (),
+        extra_spans: Sequence[ExtraSpan] = (),
         *,
         age_years: float | None = None,
         sex: str | None = None,
@@ -81,7 +86,8 @@ class Annotator:
         text : the note, unchanged.
         extra_spans : (start, end, label, score) from an NER model. One that equals a dictionary match becomes one
             mention of both lanes, with the model's label and the higher score; another is linked to a concept only
-            when its text as a whole is a name of one. White space at its edges is left out.
+            when its text as a whole is a name of one, or to the concept that stands fifth. What the dictionary found
+            inside one that is linked to something more specific is left out. White space at its edges is left out.
         age_years : of the patient when the note was written, for measured values; the note's own word otherwise.
         sex : `F` or `M`, for measured values.
 
@@ -99,7 +105,12 @@ class Annotator:
         sections = find_sections(text)
         starts = [section.start for section in sections]
         # The header `Allergies` is no allergy; a heading of its own (`HYPERTENSION:`) has no category and may be one.
-        matches = [m for m in matches if not _in_header(sections[bisect_right(starts, m.start) - 1], m)]
+        matches = [m for m in matches if not _in_header(sections[bisect_right(starts, m.start) - 1], m.start, m.end)]
+        extra_spans = [
+            span
+            for span in extra_spans
+            if len(span) == 4 or not _in_header(sections[bisect_right(starts, span[0]) - 1], span[0], span[1])
+        ]
         found = merge_spans(text, matches, extra_spans, self._matcher)
         if measured:
             found = sorted(
@@ -125,14 +136,14 @@ def _annotator(name: str, measurements: bool) -> Annotator:
     return Annotator(name, measurements=measurements)
 
 
-def _in_header(section: Section, match: Match) -> bool:
-    return section.category != "other" and section.header_start <= match.start and match.end <= section.header_end
+def _in_header(section: Section, start: int, end: int) -> bool:
+    return section.category != "other" and section.header_start <= start and end <= section.header_end
 
 
 def merge_spans(
     text: str,
     matches: Sequence[Match],
-    extra_spans: Sequence[tuple[int, int, str, float]],
+    extra_spans: Sequence[ExtraSpan],
     matcher: Matcher,
 ) -> list[tuple[int, int, str | None, str, float, str]]:
     """Join the two lanes into sorted (start, end, concept id, label, score, lane); equal input is listed once."""
@@ -142,7 +153,7 @@ def merge_spans(
         key: tuple[int, int, str | None] = (match.start, match.end, match.concept_id)
         found[key] = (PHENOTYPE, match.score, "dictionary")
         by_place.setdefault(key[:2], []).append(key)
-    for start, end, label, score in sorted(extra_spans):
+    for start, end, label, score, *rest in sorted(extra_spans, key=lambda span: span[:4]):
         if not 0 <= start < end <= len(text):
             msg = f"span ({start}, {end}) of the model is empty or outside the text of length {len(text)}"
             raise ValueError(msg)
@@ -156,8 +167,13 @@ def merge_spans(
         for key in same:
             found[key] = (label, max(score, found[key][1]), "both")
         if not same:
-            concept_id = matcher.exact(text[start:end])
+            named = matcher.exact(text[start:end])
+            concept_id = named or next(iter(rest), None)
+            if concept_id is not None and named is None:
+                above = matcher.terminology.ancestors(concept_id) | {concept_id}
+                for key in [k for k in found if start <= k[0] and k[1] <= end and k[2] in above]:
+                    del found[key]
             previous = found.get((start, end, concept_id))
             if previous is None or previous[1] < score:
-                found[start, end, concept_id] = (label, score, "both" if concept_id else "model")
+                found[start, end, concept_id] = (label, score, "both" if named else "model")
     return [(*key, *found[key]) for key in sorted(found, key=lambda k: (k[0], -k[1], k[2] or ""))]

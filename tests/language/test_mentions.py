@@ -107,3 +107,23 @@ def test_time_is_linear(annotator, unit):
     started = time.process_time()
     annotator.annotate(unit * 2_000)
     assert time.process_time() - started < 20
+
+
+def test_a_linked_span_takes_the_place_of_what_is_less_specific_inside_it():
+    annotator = Annotator("hpo")
+    text = "No intrascleral schwannoma was seen."
+    assert [m.concept_id for m in annotator.annotate(text)] == ["HP:0100008"]
+    found = annotator.annotate(text, [(3, 26, "phenotype", 0.87, "HP:0100011")])
+    assert [(m.text, m.concept_id, m.lane, m.score) for m in found] == [
+        ("intrascleral schwannoma", "HP:0100011", "model", 0.87)
+    ]
+    assert found[0].assertion.presence == "absent"
+    # What is linked to something else stands beside it.
+    both = annotator.annotate(text, [(3, 26, "phenotype", 0.87, "HP:0000518")])
+    assert {(m.concept_id, m.lane) for m in both} == {("HP:0000518", "model"), ("HP:0100008", "dictionary")}
+
+
+def test_a_linked_span_is_no_header():
+    text = "ALLERGIES: none\nHe sneezes."
+    linked = (0, 9, "phenotype", 0.9, "HP:0012393")
+    assert all(m.start != 0 for m in Annotator("hpo").annotate(text, [linked]))
