@@ -104,6 +104,10 @@ def run(config: LinkConfig, output: Path, *, resume: bool = False) -> Run:
             questions={f"{part}_{kind}": asked.count(part, kind) for part in PARTS for kind in KINDS},
             threshold=threshold,
         )
+    if is_main_process():
+        from clinical_nlp.reporting.page import run_report
+
+        run_report(run)
     return run
 
 
@@ -332,6 +336,21 @@ def tagger_of(config: LinkConfig, run: Run) -> dict[str, str] | None:
     import os
 
     return {"name": str(folder.resolve()), "relative": os.path.relpath(folder.resolve(), run.path.resolve())}
+
+
+def report(run: Run) -> str:
+    """Render the run's page, for `clinical-nlp report`."""
+    from clinical_nlp.reporting.page import Notice, Section, training_page
+
+    precision, recall = (run.metrics[f"test.link_{name}"]["value"] for name in ("precision", "recall"))
+    wanted = run.manifest["config"]["precision"]
+    words = (
+        f"Of the names that were hidden, {recall:.0%} are linked to their own concept; of what is linked, "
+        f"{precision:.0%} is right (asked for: {wanted:.0%}). The intervals resample concepts, patients and phrases. "
+        "Spans of notes are all counted as false, though some name a concept that the dictionary misses."
+    )
+    tone: Any = "good" if precision >= wanted else "caution"
+    return training_page(run, first=Section("What is linked", [Notice(words, tone=tone)]))
 
 
 def _draw(seed: int, *parts: str) -> int:

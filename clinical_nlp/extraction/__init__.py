@@ -99,7 +99,8 @@ def extract(
     source : file or folder of the export; for the format catalog, the name of a table of the Spark session.
     format : fhir, omop, mimic, table, brat, iob, text or catalog.
     output : directory of the result; a new one, or with `resume` one that was interrupted.
-    model : directory of an ner run, whose entities are added to the dictionary's.
+    model : directory of an ner run, whose entities are added to the dictionary's, or of a link run, which links what
+        the dictionary misses.
     terminology : hpo, icd10cm or a file.
     engine : local or spark (the session that is active, else a local one; it is left open in the first case). The
         outputs are byte for byte the same.

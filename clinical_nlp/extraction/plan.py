@@ -32,7 +32,8 @@ class ExtractionConfig(Config):
     """How it is laid out: fhir, omop, mimic, table, brat, iob or text; or catalog, where the source is the name of a
     table of the Spark session, with the columns of a table (engine spark)."""
     model: str | None = None
-    """Directory of an ner run whose entities are added to the dictionary's."""
+    """Directory of an ner run whose entities are added to the dictionary's, or of a link run, which links what the
+    dictionary misses."""
     terminology: str = "hpo"
     """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
     measurements: bool = False
