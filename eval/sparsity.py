@@ -397,7 +397,9 @@ class Book:
                     people[value].add(patient)
             shown = {value for value, members in people.items() if len(members) >= _CELL}
             if hidden := len(people) - len(shown):
-                self.missing[f"{hidden} groups of {column}"] = f"fewer than {_CELL} patients"
+                self.missing[f"{hidden} {'groups' if hidden > 1 else 'group'} of {column}"] = (
+                    f"fewer than {_CELL} patients"
+                )
             if unknown := sum(value is None for value in values):
                 self.missing[f"{column} of {unknown} {self.scored.unit}s"] = "not known"
             if len(people) < 2:
@@ -406,6 +408,9 @@ class Book:
             for value in sorted(shown):
                 inside = np.flatnonzero([one == value for one in values])
                 outside = np.flatnonzero([one is not None and one != value for one in values])
+                if len({self.scored.patients[row] for row in outside}) < _CELL:  # the gap would show who they are
+                    self.missing[f"{column} {value}"] = f"fewer than {_CELL} other patients to compare with"
+                    continue
                 own = self.add(f"{column}.{value}", self.scored.whole, f"micro-F1 where {column} is {value}", inside)
                 rest = patient_bootstrap(self._people(self.scored.whole, outside), f1, **self._common(outside))
                 gap = independent_difference(rest, own, part="test")

@@ -447,7 +447,7 @@ def _results(
         | {"n_institutions_named": sample.n_institutions, "n_institutions": len(sample.n_patients)}
         | {"n_notes_left_out_elsewhere": sample.n_notes_left_out, "n_notes_sampled": len(sample.notes)},
         "reference": reference,
-        "new_institution": next_institution(comparisons),
+        "new_institution": next_institution(comparisons) if config.window == "none" else None,
         "institutions": sampled_institutions(sample),
         "comparisons": [comparison_entry(item) for item in comparisons],
     }

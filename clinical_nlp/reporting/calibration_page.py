@@ -57,7 +57,7 @@ def _verdict(results: dict[str, Any], place: str) -> Notice:
     numbers = results["numbers"]
     error, slope, level = (numbers[f"{place}.given.{name}"] for name in ("ece", "slope", "intercept"))
     covered = numbers[f"{place}.coverage"]
-    found, tone = [], "good"
+    found, tone = [], "plain"  # that nothing is shown is no proof
     if error["p_value"] is None:
         heading, tone = "too few patients to tell", "caution"
     elif error["p_value"] > 0.05:
@@ -134,9 +134,10 @@ def _reliability(results: dict[str, Any], places: list[str]) -> Section:
         for place in places
         for one in results["bins"][place]
     ]
-    blocks.append(
-        Table(["where", "said", "seen", "patients", "items"], rows, "No interval a bin; see slope and intercept.")
-    )
+    columns = ["where", "said", "seen", "patients", "items"]
+    protocol = results["protocol"]
+    few = f"None of {protocol['n_bins']} bins has {protocol['smallest_cell']} patients; ask for fewer (n_bins)."
+    blocks.append(Table(columns, rows, "No interval a bin; see slope and intercept.") if rows else Text(few))
     return Section("Said and seen", blocks)
 
 

@@ -69,7 +69,7 @@ def drift_page(results: dict[str, Any], judging: Section) -> str:
     names = f"{results['reference']} against " + ", ".join(item["other"] for item in comparisons)
     protocol = results["protocol"]
     return page(
-        "Do the notes differ between institutions?",
+        f"Do the notes differ {'over time' if protocol['window'] != 'none' else 'between institutions'}?",
         sections,
         subtitle=names if len(names) < 200 else f"{results['reference']} against {len(comparisons)} others",
         footer=f"clinical_nlp drift; seed {protocol['seed']}; every number is also in results.json. No note text is "
@@ -277,8 +277,8 @@ def _over_time(results: dict[str, Any]) -> Section:
     )
     share = looks[0]["spends"]
     caption = (
-        f"Every look may spend {share:.2g} of the 5 % that a year has, so that a year without drift has at most 0.05 "
-        f"false alarms on average. All are compared with {results['reference']}."
+        f"Every look may spend {100 * share:.2g} of the 5 % that a year has, so that a year without drift has at most "
+        f"0.05 false alarms on average. All are compared with {results['reference']}."
     )
     columns = ["window", "patients", "p of the look", "p, counted per year", ""]
     figure = [Figure(plot, "The clinical units that moved most. Beyond 2 or so is more than chance for one unit.")]

@@ -60,7 +60,8 @@ class Table:
     def legend(self) -> str:
         """The caption, and why estimates among the cells have no interval."""
         cells = [cell for row in self.rows for cell in row if isinstance(cell, Estimate)]
-        reasons = dict.fromkeys(cell.note for cell in cells if cell.note and math.isnan(cell.low))
+        notes = (cell.note for cell in cells if cell.note and math.isnan(cell.low))
+        reasons = dict.fromkeys(note.removeprefix("test: ").removeprefix("no interval: ") for note in notes)
         if not reasons:
             return self.caption
         caption = f"{self.caption.rstrip('.')}. " if self.caption else ""

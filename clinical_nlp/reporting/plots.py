@@ -36,6 +36,11 @@ def _ticks(low: float, high: float, about: int = 5) -> list[tuple[float, str]]:
     return [(value, f"{value:,.{places}f}".replace(",", "\u202f").replace("-", "−")) for value in positions]
 
 
+def _spread(values: Sequence[float], least: float) -> float:
+    """How far values reach; at least so much that ticks between them can be told apart."""
+    return max(max(values) - min(values), least, 1e-6 * max(map(abs, values)))
+
+
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}" '
@@ -120,7 +125,8 @@ def interval_plot(
     low, high = min(shown), max(shown)
     margin = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     low, high = low - margin, high + margin
-    left, right, step, top = _room(label for label, *_ in rows), _WIDTH - 70, 30.0, 8.0
+    widest = max((len(number(value)) for _, value, *_ in rows), default=0)
+    left, right, step, top = _room(label for label, *_ in rows), _WIDTH - 20 - 7.2 * max(6, widest), 30.0, 8.0
     bottom = top + step * len(rows)
 
     def at(value: float) -> float:
@@ -195,9 +201,10 @@ def _axes(
     x_label: str,
     y_label: str,
     named: Sequence[tuple[float, str]] = (),
+    top: float = 30.0,
 ) -> tuple[Callable[[float, float], tuple[float, float]], list[str]]:
     """Return where a point of a plane from (low, high) to (low, high) is drawn, and the plane's axes and grid."""
-    left, top = 64.0, 30.0
+    left = 64.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -210,11 +217,12 @@ def _axes(
         y = place(xs[0], tick)[1]
         parts += [_line(left, y, _RIGHT, y, "grid"), _text(left - 8, y + 4, words, "tick", "end")]
     for tick, words in named or _ticks(*xs, 7):
-        parts.append(_text(place(tick, ys[0])[0], bottom + 18, words, "tick", "middle"))
+        x = min(place(tick, ys[0])[0], _WIDTH - 3.8 * len(words))
+        parts.append(_text(x, bottom + 18, words, "tick", "middle"))
     parts += [
         _line(left, bottom, _RIGHT, bottom, "axis"),
         _text((left + _RIGHT) / 2, bottom + 38, x_label, "tick", "middle"),
-        _text(4, 16, y_label, "tick"),
+        _text(4, top - 14, y_label, "tick"),
     ]
     return place, parts
 
@@ -242,23 +250,35 @@ def line_plot(
         return ""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    spread = (max(ys) - min(ys)) or abs(max(ys)) or 1.0
+    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    spread = _spread(ys, 0.0) or 1.0
     y_low, y_high = min(ys) - 0.05 * spread, max(ys) + 0.05 * spread
     bottom = 262.0
     every = max(1, math.ceil(len(x_names) * 9 * max(map(len, x_names), default=0) / (_RIGHT - 64)))
     named = [(float(at), name) for at, name in enumerate(x_names) if at % every == 0 and x_low <= at <= x_high]
-    place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label, named)
-    legend = _RIGHT
-    for index, (name, points) in reversed(list(enumerate(lines.items()))):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    widths = [7.2 * len(name) + 34 for name in lines] if len(lines) > 1 else []
+    beside = 7.2 * len(y_label) + 16 + sum(widths) <= _RIGHT
+    rows, x = [0] * len(widths), 4.0
+    if not beside:  # the names stand in rows of their own, above the axis
+        for index, width in enumerate(widths):
+            if index and x + width > _RIGHT:
+                rows[index:], x = [rows[index] + 1] * (len(rows) - index), 4.0
+            x += width
+        bottom += 20.0 * (rows[-1] + 1)
+    top = 30.0 if beside else 30.0 + 20.0 * (rows[-1] + 1)
+    place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label, named, top)
+    x = _RIGHT - sum(widths) if beside else 4.0
+    for index, (name, points) in enumerate(lines.items()):
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(*point) for point in points))
         if len(points) == 1:
-            x, y = place(*points[0])
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="dot"/>')
+            px, py = place(*points[0])
+            parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" class="dot"/>')
         parts.append(f'<polyline points="{path}" class="line s{index % 4}"/>')
-        if len(lines) > 1:
-            legend -= 7.2 * len(name) + 34
-            parts += [_line(legend, 12, legend + 20, 12, f"line s{index % 4}"), _text(legend + 26, 16, name, "tick")]
+        if widths:
+            x = 4.0 if not beside and index and rows[index] > rows[index - 1] else x
+            y = 12.0 + 20.0 * rows[index]
+            parts += [_line(x, y, x + 20, y, f"line s{index % 4}"), _text(x + 26, y + 4, name, "tick")]
+            x += widths[index]
     return _svg(_WIDTH, bottom + 46, title, parts)
 
 
@@ -268,7 +288,7 @@ _Box = tuple[float, float, float, float]
 def _free_place(at: tuple[float, float], width: float, taken: Sequence[_Box]) -> tuple[tuple[float, float], _Box]:
     """Return where a label beside a point covers no other label or point, as far as there is such a place."""
     best: tuple[float, tuple[float, float], _Box] | None = None
-    for down in (-6.0, 16.0, 4.0, -20.0, 30.0):
+    for down in (-6.0, 16.0, 4.0, -20.0, 30.0, -34.0, 44.0):
         for right in (8.0, -8.0 - width):
             x, y = at[0] + right, at[1] + down
             box = (x, y - 11.0, x + width, y + 3.0)
@@ -307,7 +327,7 @@ def point_plot(
     if not shown:
         return ""
     xs, ys = [x for _, x, _ in shown], [y for _, _, y in shown]
-    wide, high = max(max(xs) - min(xs), 0.02), max(max(ys) - min(ys), 0.02)
+    wide, high = _spread(xs, 0.02), _spread(ys, 0.02)
     x_low, x_high = min(xs) - 0.06 * wide, max(xs) + 0.18 * wide
     y_low, y_high = min(ys) - 0.1 * high, max(ys) + 0.1 * high
     if diagonal:

@@ -55,7 +55,7 @@ def _verdict(results: dict[str, Any]) -> list[Notice]:
     whole = results["numbers"]["whole"]
     start = (
         f"Micro-F1 of {whole['n_patients']} held-out patients with all their text is {number(whole['value'])} "
-        f"({interval(whole['low'], whole['high'])})."
+        f"({interval(whole['low'], whole['high']) if whole['low'] is not None else whole['note']})."
     )
     notices = []
     topics = (
@@ -81,7 +81,7 @@ def _verdict(results: dict[str, Any]) -> list[Notice]:
 
 
 def _limits(results: dict[str, Any]) -> list[str]:
-    margin = number(results["protocol"]["margin"])
+    margin = f"{results['protocol']['margin']:g}"
     points = [
         f"“Worse”: the whole 95 % interval lies above {margin}. “No worse”: it lies at or below. Nothing is corrected "
         f"for the {len(results['findings'])} comparisons: at a margin of 0, about one in forty that are alike is "
@@ -200,6 +200,6 @@ def _method(results: dict[str, Any]) -> Section:
         ("chosen", protocol["selection"]),
         ("scored", f"{protocol['n_patients']} patients, {protocol['n_units']} {results['run']['unit']}s"),
         ("shown", f"groups of at least {protocol['smallest_cell']} patients"),
-        ("margin", protocol["margin"]),
+        ("margin", f"{protocol['margin']:g}"),
     ]
     return Section("How it was measured", [Table([], rows)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, date, datetime
 
 import numpy as np
@@ -116,6 +117,14 @@ def test_small_groups_are_hidden_and_unknown_columns_are_told():
     book.by_group()
     assert any("fewer than 11" in reason for reason in book.missing.values())
     assert book.missing["institution"] == "fewer than two groups to compare"
+    people = scored.corpus.patients.to_pylist()
+    for number, person in enumerate(people):
+        person["sex"] = "female" if number < 5 else "male"
+    lopsided = replace(scored, corpus=replace(scored.corpus, patients=pa.Table.from_pylist(people, PATIENT_SCHEMA)))
+    book = Book(settings(columns=["sex"]), lopsided)
+    book.by_group()
+    assert not any(name.startswith("sex") for name in book.numbers), "the gap to five patients would show theirs"
+    assert book.missing["sex male"] == "fewer than 11 other patients to compare with"
     with pytest.raises(ConfigError, match="did you mean 'sex'"):
         Book(settings(columns=["sxe"]), scored).by_group()
     with pytest.raises(ConfigError, match="between 0 and 1"):
