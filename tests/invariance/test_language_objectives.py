@@ -194,6 +194,18 @@ def test_it_goes_with_every_way_to_pretrain(tmp_path, models, keys, base):
     assert not [name for name, _ in loaded.network.named_parameters() if "objective" in name]
 
 
+def test_streamed_notes_are_aligned_from_the_file_they_are_read_from(tmp_path, models):
+    lines = ["note_id,patient_id,institution,note_type,text"]
+    lines += [f"{n},p{n // 2},{'AB'[n // 2 % 2]},progress,note {n} says fever and cough" for n in range(80)]
+    (tmp_path / "notes.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    corpus = {"name": "ehr_export", "path": str(tmp_path / "notes.csv"), "options": {"format": "table"}}
+    keys = {"corpus": corpus, "corpus.options": {"format": "table"}, "stream": True}
+    run = adapt(tmp_path / "run", models["decoder"], objective="coral", **keys)
+    assert run.manifest["invariance"] == {"name": "coral", "between": ["A", "B"]}
+    plain = adapt(tmp_path / "plain", models["decoder"], **keys)
+    assert not same(weights(run), weights(plain))
+
+
 def test_what_a_language_model_has_no_labels_for_is_refused(tmp_path, models):
     target = {"name": "synthetic_hospitals"}
     for objective, message in (
