@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -89,9 +90,7 @@ class Extractor:
         self._annotator = Annotator(terminology, measurements=measurements)
         self._predictor: Any = None
         if model is not None:
-            from clinical_nlp.tasks.ner import NerPredictor
-
-            self._predictor = NerPredictor.load(Path(model))
+            self._predictor = _predictor(Path(model), self._annotator)
 
     def annotate(self, notes: Sequence[Note]) -> list[Annotated]:
         """Annotate notes; one that cannot be annotated is rejected with the name of the error, and the rest go on."""
@@ -102,7 +101,7 @@ class Extractor:
         """Return the model's spans of each text, or the name of the error that the text makes it raise."""
         if self._predictor is None or not texts:
             return [[] for _ in texts]
-        with _one_thread():
+        with one_thread():
             try:
                 return list(self._predictor.predict(texts))
             except Exception:
@@ -161,8 +160,20 @@ class Extractor:
             }
 
 
+def _predictor(run: Path, annotator: Any) -> Any:
+    """Load an ner run, or a link run, which is told what the dictionary finds."""
+    from clinical_nlp.models.loading import read_task
+    from clinical_nlp.tasks.linking import Linker
+    from clinical_nlp.tasks.ner import NerPredictor
+
+    if not (run / "task.json").is_file() or read_task(run).get("task") != "linking":
+        return NerPredictor.load(run)
+    linker = Linker.load(run, annotator.terminology)
+    return SimpleNamespace(predict=lambda texts: linker.predict(texts, [annotator.match(text) for text in texts]))
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Hold torch to one thread: sums come out the same however many workers share the machine."""
     import torch
 
