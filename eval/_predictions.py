@@ -206,6 +206,7 @@ def _coding(run: CodedRun, at_least: float) -> Predicted:
         left_out += dropped
         parts.append(items)
     about: dict[str, Any] = {"what": run.path, "item": "a code of a document", "split": run.data.split.describe()}
+    about["left_out_there"] = int(run.gold(run.data.held_out).sum() - parts[1].gold.sum())
     model = "probabilities as the run gives them (Platt scaling on the same development patients)"
     about |= {"left_out": left_out, "model": model}
     return Predicted(parts[0], parts[1], about, run.record())
@@ -234,6 +235,7 @@ def _ner(path: str, at_least: float, corpus_path: str | None) -> Predicted:
     for rows in (subject.split.development, subject.split.test):
         found = predictor.tags([subject.texts[row] for row in rows])
         values, gold, patients, places, units = [], [], [], [], []
+        there = 0
         for row, (encoded, scores) in zip(rows.tolist(), found, strict=True):
             chance = 1 - np.exp(scores[:, outside].astype(np.float64))
             spans = [span for span in subject.gold[row] if span[2] in subject.labels]
@@ -245,10 +247,11 @@ def _ner(path: str, at_least: float, corpus_path: str | None) -> Predicted:
             patients += [subject.patients[row]] * len(kept)
             places += [institutions[row]] * len(kept)
             units.append(np.full(len(kept), row))
+            there += int(inside.sum() - inside[kept].sum()) if len(inside) else 0
         joined = [np.concatenate(each) if each else np.zeros(0) for each in (values, gold, units)]
         parts.append(Items(joined[0], joined[1], tuple(patients), tuple(places), joined[2]))
     about: dict[str, Any] = {"what": path, "item": "a word, inside an entity or not", "split": subject.split.describe()}
-    about |= {"left_out": left_out, "model": "probabilities as the run gives them"}
+    about |= {"left_out": left_out, "left_out_there": there, "model": "probabilities as the run gives them"}
     return Predicted(parts[0], parts[1], about, subject.record())
 
 

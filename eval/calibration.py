@@ -118,6 +118,7 @@ def run(config: CalibrationConfig, output: Path, *, resume: bool = False) -> Run
             "record": predicted.record
             | {
                 "decisions": book.decisions,
+                "decided_on": _decided_on(config, predicted),
                 "thresholds": [
                     "an item is called there at probability 0.5, fixed in advance",
                     f"a set holds every outcome of probability {max(0.0, 1 - book.tables['sets']['limit']):.3g} or "
@@ -130,6 +131,15 @@ def run(config: CalibrationConfig, output: Path, *, resume: bool = False) -> Run
         run.note(inputs={"predictions": predicted.about["what"], "n_items": len(predicted.test.gold)})
     write_atomic(run.path / "report.html", report(run))
     return run
+
+
+def _decided_on(config: CalibrationConfig, predicted: Predicted) -> str:
+    if not predicted.about["left_out"]:
+        return ""
+    return (
+        f"Items of a probability below {config.at_least:g} are not among them: "
+        f"{predicted.about['left_out_there']} of those of the test patients were there, false negatives too."
+    )
 
 
 def report(run: Run) -> str:

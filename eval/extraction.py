@@ -23,6 +23,7 @@ from clinical_nlp.extraction.plan import ExtractionConfig
 from clinical_nlp.language.terminology import Terminology, load_terminology
 from clinical_nlp.notes.corpus import Corpus, load_corpus
 from clinical_nlp.notes.schema import EXPERIENCER, MODALITY, PRESENCE, TEMPORALITY
+from clinical_nlp.reporting.tripod import corpus_record, tripod_section
 from clinical_nlp.runs import Estimate, Run, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 
@@ -71,12 +72,27 @@ def run(config: ExtractionSuiteConfig, output: Path, *, resume: bool = False) ->
             "part": "all notes of the corpus",
             "selection": "none, nothing is trained",
         }
-        write_json(run.path / "results.json", {"protocol": protocol, "estimates": measured})
+        record = corpus_record(corpus, {"scored": range(corpus.notes.num_rows)}, judged=config.model, trained=None)
+        record |= {
+            "trained": "The dictionary is not trained; what trained a model is not known here."
+            if config.model
+            else "Nothing is trained.",
+            "thresholds": ["a mention is right where its concept is that of the gold span; nothing was chosen here"],
+        }
+        write_json(run.path / "results.json", {"protocol": protocol, "estimates": measured, "record": record})
         run.note(inputs={"corpus": corpus.card.name, "n_notes": corpus.notes.num_rows})
     from clinical_nlp.reporting.page import run_report
 
     run_report(run)
     return run
+
+
+def report(run: Run) -> str:
+    """Render the page from what was measured and `results.json`."""
+    from clinical_nlp.reporting.page import training_page
+
+    results = json.loads((run.path / "results.json").read_text("utf-8"))
+    return training_page(run, last=tripod_section(run, results))
 
 
 AXES = {"presence": PRESENCE, "temporality": TEMPORALITY, "modality": MODALITY, "experiencer": EXPERIENCER}

@@ -289,7 +289,8 @@ def _method(results: dict[str, Any]) -> Section:
          f"{protocol['n_items'][part]} items")
         for part in ("calibration", "test")
     ]  # fmt: skip
-    rows.append(("calibrated at", f"{len(protocol['calibration_institutions'])} institutions"))
+    places = len(protocol["calibration_institutions"])
+    rows.append(("calibrated at", f"{places} institution{'s' if places > 1 else ''}"))
     if about["left_out"]:
         words = f"{about['left_out']} items of a probability below {protocol['at_least']:g}"
         rows.append(("left out", words))

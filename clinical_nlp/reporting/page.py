@@ -203,10 +203,10 @@ def run_report(run: Run) -> None:
         write_atomic(run.path / "model_card.md", model_card(run))
 
 
-def training_page(run: Run, *, first: Section | None = None) -> str:
+def training_page(run: Run, *, first: Section | None = None, last: Section | None = None) -> str:
     """Render the general page of a run: what was measured, how training went, what it was made from.
 
-    `first` is a section of the recipe's own, above the others.
+    `first` is a section of the recipe's own, above the others, and `last` one below them.
     """
     from clinical_nlp.reporting.model_card import making, metric_rows, origin, phi_text
 
@@ -230,6 +230,8 @@ def training_page(run: Run, *, first: Section | None = None) -> str:
         sections.append(Section("How training went", drawn))
     sections.append(Section("What it was made from", [Table([], origin(run))]))
     sections.append(Section("How it was made", [Table([], making(run)), Text(phi_text(run))]))
+    if last is not None:
+        sections.append(last)
     return page(
         f"{manifest.get('recipe', 'run')}: {run.path.name}",
         sections,

@@ -74,6 +74,9 @@ def _verdict(results: dict[str, Any]) -> list[Notice]:
         elif unclear:
             text = f"No loss beyond the margin is shown, and {unclear} of {len(found)} comparisons could hide one."
             tone, heading = "caution", "not shown either way"
+            same = sum(results["numbers"][one["number"]]["note"] == "no prediction changed" for one in found)
+            if same:
+                text += f" In {same} of them no prediction changed; a model that says the same of everybody does that."
         else:
             text, tone, heading = "Every loss lies within the margin.", "good", "no worse within the margin"
         notices.append(Notice(text, tone, f"{title}: {heading}"))
@@ -161,7 +164,8 @@ def _completeness(results: dict[str, Any]) -> Section:
                   "Patients by how many kinds of section their documents have on average.")  # fmt: skip
     blocks: list[Any] = [Figure(plot, "Hollow: no interval."), table]
     if gap := numbers.get("completeness.gap"):
-        said = f"{number(gap['value'])} ({interval(gap['low'], gap['high'])})"
+        known = interval(gap["low"], gap["high"]) if gap["low"] is not None else gap["note"]
+        said = f"{number(gap['value'])} ({known})"
         blocks.insert(0, Text(f"Most complete minus least complete: {said}, {gap['n_patients']} patients."))
     return Section("By completeness", blocks)
 
@@ -176,12 +180,12 @@ def _groups(results: dict[str, Any]) -> Section:
         gap = results["numbers"][one["number"]]
         own = results["numbers"][one["number"].removesuffix(".gap")]
         rows.append([one["name"], _estimate(own), _estimate(gap), _STATES[one["state"]], own["n_patients"],
-                     own["n_notes"], gap["note"]])  # fmt: skip
+                     own["n_notes"]])  # fmt: skip
         drawn.append((one["name"][:28], _or_nan(gap["value"]), _or_nan(gap["low"]), _or_nan(gap["high"])))
     blocks: list[Any] = []
     if drawn:
         plot = interval_plot(drawn, title="Gaps", x_label="others minus group, 95 % interval", reference=0.0)
-        columns = ["group", "micro-F1", "others minus group", "", "patients", results["run"]["unit"] + "s", "remark"]
+        columns = ["group", "micro-F1", "others minus group", "", "patients", results["run"]["unit"] + "s"]
         blocks = [
             Figure(plot, "To the right: served worse than all others. Hollow: no interval."),
             Table(columns, rows),

@@ -210,7 +210,7 @@ def tripod_section(run: Run, results: Mapping[str, Any]) -> Section:
     ----------
     run : the evaluation's own run, with its config and versions.
     results : its `results.json`; `record` holds what was collected (`notes`, `decisions`, `thresholds`, `judged`,
-        `open_text`, `trained`), each where the suite has it.
+        `decided_on`, `open_text`, `trained`), each where the suite has it.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def tripod_section(run: Run, results: Mapping[str, Any]) -> Section:
         dated = [[part["part"], part["n_patients"], part["n_notes"], _span(part)] for part in notes["parts"]]
         blocks.append(Table(["patients and notes", "patients", "notes", "months of the notes"], dated, _unused(notes)))
     if record.get("decisions"):
-        blocks.append(_decisions(record["decisions"]))
+        blocks.append(_decisions(record["decisions"], record.get("decided_on", "")))
     rows = [
         ("intended use", stated.get("intended_use") or _unstated("intended_use")),
         ("frozen protocol", _protocol(run, results, stated)),
@@ -279,10 +279,10 @@ def _unused(notes: Mapping[str, Any]) -> str:
     return f"{left} notes of the corpus were not used." if left else "All notes of the corpus are in one of these."
 
 
-def _decisions(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _decisions(rows: Sequence[Mapping[str, Any]], decided_on: str) -> Table:
     columns = ["decisions", "true positive", "false positive", "true negative", "false negative"]
     keys = ["true_positives", "false_positives", "true_negatives", "false_negatives"]
-    caption = "Counts of decisions, not of patients."
+    caption = f"Counts of decisions, not of patients. {decided_on}".strip()
     abstains = any("abstained_positive" in row for row in rows)
     if abstains:
         columns += ["abstained, outcome there", "abstained, not there"]
@@ -361,7 +361,8 @@ def _versions(run: Run, record: Mapping[str, Any]) -> str:
         if judged["base"]:
             revision = f" ({judged['revision'][:12]}…)" if judged["revision"] else ""
             name = str(judged["base"])
-            said.append(f"Base model: {Path(name).name if Path(name).is_absolute() else name}{revision}.")
+            short = "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
+            said.append(f"Base model: {short}{revision}.")
         if judged["recipe"]:
             said.append(f"The judged {judged['recipe']} run: {listed(judged['packages'])}.")
     return " ".join(said)

@@ -215,9 +215,22 @@ def test_a_coding_run_is_scored_again_on_the_patients_it_held_out(coded, tmp_pat
     for row in pq.read_table(coded.path / "predictions.parquet").to_pylist():
         at = place[row["institution"], row["encounter_id"]]
         assert table[at, run.coder.task.codes.index(row["code"])] == pytest.approx(row["probability"], abs=1e-4)
-    finished, found = judged(tmp_path, run=str(coded.path), at_least=0.01, dropout_samples=3)
+    low = float(np.quantile(predicted.test.probability, 0.3))
+    finished, found = judged(tmp_path, run=str(coded.path), at_least=low, dropout_samples=3)
     assert found["numbers"]["all institutions.dropout.ece"]["n_patients"] > 10
     assert "passes with dropout agree" in found["abstention"]
+    kept = read_run(str(coded.path), at_least=low)
+    hidden = int(predicted.test.gold.sum() - kept.test.gold.sum())
+    assert kept.about["left_out_there"] == hidden > 0
+    assert f"{hidden} of those of the test patients were there" in found["record"]["decided_on"]
+    at_half, by_sets = found["record"]["decisions"][:2]
+    counts = ("true_positives", "false_positives", "true_negatives", "false_negatives")
+    assert sum(at_half[key] for key in counts) == len(kept.test.gold)
+    assert at_half["true_positives"] == int((kept.test.gold[kept.test.probability >= 0.5] == 1).sum())
+    assert at_half["abstained_positive"] == at_half["abstained_negative"] == 0
+    abstained = by_sets["abstained_positive"] + by_sets["abstained_negative"]
+    everywhere = found["coverage"]["all institutions"]
+    assert (abstained > 0) == (everywhere["empty"] + everywhere["undecided"] > 0)
     assert (finished.path / "report.html").is_file()
 
 

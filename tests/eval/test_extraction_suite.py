@@ -21,7 +21,9 @@ def test_the_suite_scores_what_it_extracted(tmp_path):
     assert found["patient_f1"].n_patients == 24
     assert found["patient_f1"].low < found["patient_f1"].value < found["patient_f1"].high
     assert found["presence_accuracy"].value > 0.5
-    assert (run.path / "report.html").is_file()
+    page = (run.path / "report.html").read_text("utf-8")
+    assert "For judging this evaluation" in page
+    assert "Nothing is trained." in page
     assert not (run.path / "notes.parquet").exists()
     again = evaluate(tmp_path / "b", 1)
     assert again.metrics == run.metrics

@@ -96,8 +96,10 @@ def test_each_item_is_said_from_the_record(run):
         "thresholds": ["a code is proposed at 0.5, fixed in advance"],
     }
     results = {"version": 7, "protocol": {"selection": "nothing"}, "record": record}
+    record["decided_on"] = "Sure ones only."
     text = words(run, results)
     for said in (
+        "Counts of decisions, not of patients. Sure ones only.",
         "2019-01 to 2019-12",
         "fewer than 11 patients",
         "4 notes of the corpus were not used",
