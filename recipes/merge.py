@@ -63,30 +63,41 @@ def merge_ner(config: MergeConfig, earlier: Run, run: Run) -> tuple[Any, float]:
     common: dict[str, Any] = {"quantization": values["quantization"], "bidirectional": task.bidirectional}
     merged = load_merged(str(earlier.path), **common)
     data = ner_recipe.read(settings.corpus, settings.split, settings.seed)
-    rows = data.split.test
     before = tagger(load_base(str(earlier.path), **common), task, earlier.path)
-    counts_before = ner_recipe.count_matches(before, task, merged.tokenizer, data, rows)
     after = rounded(tagger(merged, task, earlier.path), config.dtype)
-    counts = ner_recipe.count_matches(after, task, merged.tokenizer, data, rows)
+    score_both(run, before, after, task, merged.tokenizer, data, config.seed)
+    ner.save(run.path, after, task, merged, full=True)
+    run.note(inputs={"corpus": data.corpus.card.name, "n_notes": len(data.texts)}, split=data.split.describe())
+    return merged.resolved, largest_change(before, after, some_windows(task, merged.tokenizer, data))
 
+
+def score_both(
+    run: Run, before: Any, after: Any, task: ner.NerTask, tokenizer: Any, data: ner_recipe.Labelled, seed: int
+) -> Estimate:
+    """Score two taggers on the same held-out patients, record both and the change of strict F1, and return that."""
+    rows = data.split.test
+    counts_before, counts = (ner_recipe.count_matches(model, task, tokenizer, data, rows) for model in (before, after))
     patients = [data.patients[row] for row in rows]
     both = np.concatenate([counts_before, counts], axis=2)
     width = counts.shape[2]
-    shared: dict[str, Any] = {"part": data.split.reported_part, "seed": config.seed}
+    shared: dict[str, Any] = {"part": data.split.reported_part, "seed": seed}
+    change = patient_bootstrap(
+        by_patient(patients, both.sum(1)),
+        lambda c: f1(c[..., width:]) - f1(c[..., :width]),
+        n_notes=len(rows),
+        **shared,
+    )
     run.record({"test.f1_strict_before": ner.f1_strict(counts_before, patients, **shared)})
     run.record(ner.score(counts, task.labels, patients, **shared))
-    run.record(
-        {
-            "test.f1_strict_change": patient_bootstrap(
-                by_patient(patients, both.sum(1)), lambda c: f1(c[..., width:]) - f1(c[..., :width]),
-                n_notes=len(rows), **shared,
-            )
-        }
-    )  # fmt: skip
-    ner.save(run.path, after, task, merged, full=True)
-    run.note(inputs={"corpus": data.corpus.card.name, "n_notes": len(data.texts)}, split=data.split.describe())
-    windows = [window for row in rows[:50] for window in task.encode(data.texts[row], merged.tokenizer).windows][:50]
-    return merged.resolved, largest_change(before, after, ner.collate(windows, merged.tokenizer.pad_token_id or 0))
+    run.record({"test.f1_strict_change": change})
+    return change
+
+
+def some_windows(task: ner.NerTask, tokenizer: Any, data: ner_recipe.Labelled) -> dict[str, Any]:
+    """Return a batch of held-out windows, 50 at most."""
+    rows = data.split.test[:50]
+    windows = [window for row in rows for window in task.encode(data.texts[row], tokenizer).windows][:50]
+    return ner.collate(windows, tokenizer.pad_token_id or 0)
 
 
 def tagger(base: Any, task: ner.NerTask, folder: Path) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clinical_nlp.errors import ModelError
+from clinical_nlp.models import int8
 from clinical_nlp.models.adapters import stack_adapters
 from clinical_nlp.models.resolve import ResolvedModel, resolve_model
 from clinical_nlp.progress import say
@@ -19,7 +20,7 @@ from clinical_nlp.progress import say
 if TYPE_CHECKING:
     import torch
 
-Quantization = Literal["none", "nf4"]
+Quantization = Literal["none", "nf4", "int8"]
 Precision = Literal["auto", "fp32", "bf16"]
 Head = Literal["none", "checkpoint", "run", "fresh"]
 HEAD = "head.safetensors"
@@ -60,7 +61,8 @@ def load_base(
         encoder; `language` is the one of the two that the model is. A masked-LM head that the checkpoint lacks
         (sentence encoders do) is taken from the earlier run that trained one, else made from a fixed seed, its output
         tied to the embeddings as the architecture has it.
-    quantization : `nf4` loads linear layers in 4-bit NF4 with double quantisation, on GPU and on CPU.
+    quantization : `nf4` loads linear layers in 4-bit NF4 with double quantisation, on GPU and on CPU; `int8` loads what
+        the recipe `quantise` wrote, which only predicts.
     bidirectional : let a decoder see to the right (`config.is_causal = False`).
     dtype : of the weights that are not 4-bit; `auto` is bf16 on a GPU that has it, else fp32.
 
@@ -81,6 +83,10 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what a checkpoint lacks is judged below
     resolved = resolve_model(name)
+    if (Path(resolved.folder) / int8.FILE).is_file():
+        if quantization != "int8" or kind != "backbone":
+            raise ModelError(f"{name} is 8-bit and only predicts; train or merge the run that it was made from")
+        return BaseModel(int8.load_int8(Path(resolved.folder)), load_tokenizer(resolved), resolved, "int8", False)
     offline = not resolved.is_hub
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
     with _clear_errors(name):

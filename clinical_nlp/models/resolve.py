@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clinical_nlp.errors import MissingDataError, ModelError, nearest
+from clinical_nlp.models import int8
 from clinical_nlp.runs import Run, file_digest
 
 BUILTIN = {"builtin:tiny": "tiny"}
@@ -126,13 +127,14 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{config} asks for code of its own (auto_map), which is never run; use a standard architecture"
         )
-    if not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("*.safetensors")) and not (folder / int8.FILE).is_file():
         raise ModelError(f"{folder} has no safetensors weights; pickled weights are never read, convert them first")
 
 
 def folder_digest(folder: Path) -> str:
     """Return one sha256 over the names and contents of the files that make the model."""
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".model", ".txt")]
+    suffixes = (".safetensors", ".onnx", ".json", ".model", ".txt")
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes]
     return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
 

@@ -367,7 +367,7 @@ def build_model(
             self.network.gradient_checkpointing_enable(**options)
             self.network.enable_input_require_grads()
 
-    return Coder().to(next(network.parameters()).device)
+    return Coder().to(network.device)
 
 
 _ASK, _CLASSIFY = 10.0, 10.0

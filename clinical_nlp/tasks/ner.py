@@ -443,7 +443,7 @@ def build_model(
     model = Tagger()
     if type(model.head) is not torch.nn.Linear:
         raise ModelError("the tagging head is not a plain linear layer")
-    return model.to(next(network.parameters()).device)
+    return model.to(network.device)
 
 
 def collate(windows: Sequence[Window], pad_token_id: int) -> dict[str, Any]:
