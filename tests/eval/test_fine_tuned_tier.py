@@ -242,5 +242,29 @@ def test_the_page_has_both_tables(finished):
     assert "erm, norm layers moved by the notes to be read" in page
 
 
+def test_a_suite_that_was_stopped_goes_on_where_it_was_and_ends_the_same(tmp_path, encoder, finished):
+    _, results, seen, _ = finished
+    train, done = FineTuner._train, []
+
+    def stopping(self, arm, *arguments):
+        if len(done) == 6:
+            raise RunError("stopped here")
+        done.append(arm.name)
+        return train(self, arm, *arguments)
+
+    config = load_config(cross_institution.CONFIG, None, {**SMALL, "fine_tuning.base_model": encoder})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuner, "_train", stopping)
+        with pytest.raises(RunError, match="stopped here"):
+            cross_institution.run(config, tmp_path / "run")
+    with pytest.raises(RunError, match="--resume"):
+        cross_institution.run(config, tmp_path / "run")
+    run = cross_institution.run(config, tmp_path / "run", resume=True)
+    again = json.loads((run.path / "results.json").read_text("utf-8"))
+    assert run.manifest["fine_tunings"] == len(seen) - 6
+    assert again["numbers"] == results["numbers"]
+    assert again["targets"] == results["targets"]
+
+
 def test_without_a_base_model_there_is_no_slow_tier():
     assert load_config(cross_institution.CONFIG, None, {}).fine_tuning.base_model is None
