@@ -211,13 +211,15 @@ def _halves(marks: Sequence[tuple[int, float, float, int]], began: float, column
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run everything on notes of two lengths, with one worker and with two."""
+    """Run everything on notes of two lengths, with one worker and with two; then each tagger on the short ones."""
     found = []
-    for words, count in ((300, arguments.short), (1900, arguments.long)):
+    lanes = [(300, arguments.short, None), (1900, arguments.long, None)]
+    lanes += [(300, arguments.tagged, model) for model in arguments.models]
+    for words, count, model in lanes:
         pool = texts(words, min(count, 2000))
         for workers in arguments.workers:
             with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
-                found.append(_timed(Path(name), pool, words, count, workers))
+                found.append(_timed(Path(name), pool, words, count, workers, model))
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return {
         "what": "sections, sentences, dictionary, assertion and all outputs, from a Parquet table; start-up included",
@@ -226,17 +228,21 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _timed(folder: Path, pool: Sequence[str], words: int, count: int, workers: int) -> dict[str, Any]:
+def _timed(
+    folder: Path, pool: Sequence[str], words: int, count: int, workers: int, model: Path | None
+) -> dict[str, Any]:
     write_notes(folder / "notes.parquet", pool, count)
     before, began = _processor_seconds(), time.perf_counter()
     closing = Meter(outputs, "write_outputs")
-    result = extract(folder / "notes.parquet", format="table", output=folder / "out", workers=workers)
+    lane = {} if model is None else {"model": str(model)}
+    result = extract(folder / "notes.parquet", format="table", output=folder / "out", workers=workers, **lane)
     seconds, used = time.perf_counter() - began, _processor_seconds() - before
     closing.stop()
     size = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
     shutil.rmtree(folder / "out")
     return {
         "words": words,
+        "tagger": None if model is None else model.name,
         "notes": count,
         "workers": workers,
         "seconds": round(seconds, 1),
@@ -266,9 +272,11 @@ def main() -> None:
     fast.add_argument("--short", type=int, default=10_000, help="notes of 300 words")
     fast.add_argument("--long", type=int, default=2_000, help="notes of 1,900 words")
     fast.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    fast.add_argument("--models", type=Path, nargs="*", default=[], help="ner runs to read with, one after another")
+    fast.add_argument("--tagged", type=int, default=400, help="notes of 300 words for each of them")
     arguments = parser.parse_args()
     run: Callable[[argparse.Namespace], dict[str, Any]] = {"linear": linear, "speed": speed}[arguments.verb]
-    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "scratch", "run")}
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "scratch", "run", "models")}
     result = {
         "benchmark": f"batch {arguments.verb}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
