@@ -528,10 +528,15 @@ def _tagger(folder: Path, told: dict[str, str]) -> Path:
 
 
 def unmatched(texts: Sequence[str], matches: Sequence[Sequence[Match]], lexicon: Lexicon) -> Iterator[str]:
-    """Yield the distinct spans of notes that a linker would embed."""
+    """Yield the distinct spans of notes that a linker would embed and in which the dictionary finds nothing at all.
+
+    One that holds a match often names a concept (`likely orthostatic hypotension`), and would be counted as false.
+    """
     seen: set[str] = set()
     for text, found in zip(texts, matches, strict=True):
         for candidate in candidates(text, found):
+            if candidate.inside:
+                continue
             form = spelled(text[candidate.start : candidate.end])
             if form not in seen:
                 seen.add(form)
