@@ -175,7 +175,7 @@ def _held_out(results: dict[str, Any], table: dict[str, Any], prefix: str) -> Se
     ]
     tuned = prefix.startswith("fine_tuned.")
     return Section(
-        f"Held out: {table['target']}" + (f", {table['base_model']} fine-tuned ({table['strategy']})" if tuned else ""),
+        f"Held out: {table['target']}" + (f", fine-tuned ({table['strategy']})" if tuned else ""),
         [
             Figure(plot, "Mean over seeds, 95 % interval over patients and seeds. The line marks erm."),
             Table(
