@@ -36,6 +36,7 @@ _UNITS = {
 }
 _SHOWN_INSTITUTIONS = 25
 _SHOWN_UNITS = 12
+_SHOWN_PLACES = 4
 _QUESTIONS = {
     "style": "Is it written differently?",
     "prevalence": "Is the label more or less common?",
@@ -255,34 +256,41 @@ def _over_time(results: dict[str, Any]) -> Section:
     ]
     if not rows:
         return Section("Over time", [])
-    windows = [results["reference"], *(look["other"] for look in looks)]
-    ranked: dict[str, float] = {}
-    moved: dict[str, dict[str, float]] = {}
-    for window in windows[1:]:
-        for unit in found[window]["units"]:
-            if unit["t"] is not None and found[window]["verdict"] != "too_few":
-                moved.setdefault(unit["name"], {})[window] = unit["t"]
-                ranked[unit["name"]] = max(ranked.get(unit["name"], 0.0), abs(unit["t"]))
-    chosen = sorted(ranked, key=lambda name: (-ranked[name], name))[:4]
-    lines = {
-        _short(name): [(0.0, 0.0), *((float(at), moved[name][w]) for at, w in enumerate(windows) if w in moved[name])]
-        for name in chosen
-    }
-    plot = line_plot(
-        lines,
-        title="Clinical units over time",
-        x_label="window",
-        y_label="standard errors from the first window",
-        x_names=[window.rpartition(" ")[2] for window in windows],
-    )
+    places = list(dict.fromkeys(look["other"].rpartition(" ")[0] for look in looks))
+    figures: list[Any] = []
+    for place in places[:_SHOWN_PLACES]:
+        windows = [look["other"] for look in looks if look["other"].rpartition(" ")[0] == place]
+        plot = _units_over_windows(results["reference"], windows, found)
+        caption = "The clinical units that moved most. Beyond 2 or so is more than chance for one unit."
+        if plot:
+            figures.append(Figure(plot, f"{place}: {caption}" if len(places) > 1 else caption))
     share = looks[0]["spends"]
     caption = (
         f"Every look may spend {100 * share:.2g} of the 5 % that a year has, so that a year without drift has at most "
         f"0.05 false alarms on average. All are compared with {results['reference']}."
     )
     columns = ["window", "patients", "p of the look", "p, counted per year", ""]
-    figure = [Figure(plot, "The clinical units that moved most. Beyond 2 or so is more than chance for one unit.")]
-    return Section("Over time", [*(figure if plot else []), Table(columns, rows, caption)])
+    return Section("Over time", [*figures, Table(columns, rows, caption)])
+
+
+def _units_over_windows(reference: str, windows: list[str], found: dict[str, dict[str, Any]]) -> str:
+    moved: dict[str, dict[int, float]] = {}
+    for at, window in enumerate(windows, 1):
+        for unit in found[window]["units"] if found[window]["verdict"] != "too_few" else ():
+            if unit["t"] is not None:
+                moved.setdefault(unit["name"], {})[at] = unit["t"]
+    size = {name: max(map(abs, values.values())) for name, values in moved.items()}
+    lines = {
+        _short(name): [(0.0, 0.0), *((float(at), t) for at, t in moved[name].items())]
+        for name in sorted(size, key=lambda name: (-size[name], name))[:4]
+    }
+    return line_plot(
+        lines,
+        title="Clinical units over time",
+        x_label="window",
+        y_label=f"standard errors from {reference}" if len(reference) < 40 else "standard errors from the reference",
+        x_names=[window.rpartition(" ")[2] for window in (reference, *windows)],
+    )
 
 
 def _units(item: dict[str, Any], protocol: dict[str, Any]) -> Section:

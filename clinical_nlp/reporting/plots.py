@@ -334,7 +334,8 @@ def point_plot(
         x_low = y_low = min(x_low, y_low)
         x_high = y_high = max(x_high, y_high)
         if all(0 <= value <= 1 for value in (*xs, *ys)):
-            x_low, y_low, x_high, y_high = 0.0, 0.0, 1.0, 1.0
+            x_low = y_low = max(0.0, x_low)
+            x_high = y_high = min(1.0, x_high)
     bottom = 302.0
     place, parts = _axes((x_low, x_high), (y_low, y_high), bottom, x_label, y_label)
     if diagonal:
