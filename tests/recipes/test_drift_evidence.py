@@ -213,10 +213,19 @@ def test_months_of_two_institutions_spend_a_24th_of_the_year_each(tmp_path):
     results = drift([tmp_path / "both.jsonl"], output=tmp_path / "run", window="month", patient_in_two="majority",
                     n_permutations=19)  # fmt: skip
     written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert written["looks"]
     for look in written["looks"]:
         assert look["spends"] == pytest.approx(0.05 / 24)
     # Every look is given relabellings enough that it could alarm.
     assert {test.n_permutations for item in results.comparisons for test in item.all_notes} == {100 * 24 - 1}
+    for place, year in (("c", 2019), ("c", 2020), ("d", 2019), ("d", 2020)):
+        write_table(tmp_path / "years.jsonl", place, patients=14, notes=2, year=year, style=0.9 * (year > 2019))
+    drift([tmp_path / "years.jsonl"], output=tmp_path / "two", window="year", n_permutations=19)
+    written = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert [look["other"] for look in written["looks"]] == ["d 2019", "c 2020", "d 2020"]
+    assert {look["spends"] for look in written["looks"]} == {0.05 / 2}
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert page.count('aria-label="Clinical units over time"') == 2  # each institution by itself
     with pytest.raises(UsageError, match="share no year"):
         drift([tmp_path / "both.jsonl"], output=tmp_path / "years", window="month", strata="profile_year")
 
