@@ -21,7 +21,7 @@ from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, t
 from clinical_nlp.config import Config, CorpusConfig
 from clinical_nlp.errors import InputError, ModelError
 from clinical_nlp.language.terminology import Matcher, Terminology, load_terminology
-from clinical_nlp.language.terminology.candidates import Lexicon
+from clinical_nlp.language.terminology.candidates import FLOOR, Lexicon
 from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, load_base, read_task
 from clinical_nlp.models.resolve import provenance, resolve_model
@@ -93,7 +93,7 @@ def run(config: LinkConfig, output: Path, *, resume: bool = False) -> Run:
         names = linking.Names(terminology, lexicon, vectors, hidden)
         asked = questions(config, notes, names, vectors, hidden, encoder)
         verifier = fit(config, asked, vectors, hidden)
-        chances = verifier(asked.features, asked.vectors)
+        chances = verifier(asked.features, asked.vectors) * asked.looked_at
         threshold = choose(config, asked, chances)
         run.record(score(config, asked, chances, threshold))
         if is_main_process():
@@ -191,6 +191,11 @@ class Questions:
     weight: np.ndarray
     features: np.ndarray
     vectors: np.ndarray
+
+    @property
+    def looked_at(self) -> np.ndarray:
+        """Whether a linker would embed each: a hidden name has to share enough words with one that is not hidden."""
+        return (self.kind > 0) | (self.features[:, linking.DICE] >= FLOOR)
 
     def count(self, part: str, kind: str) -> int:
         """Return how many there are."""

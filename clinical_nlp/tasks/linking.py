@@ -228,7 +228,8 @@ class Nearest(NamedTuple):
     features: tuple[float, ...]
 
 
-FEATURES = 14
+FEATURES, DICE = 14, 3
+"""How many features there are, and which of them is the words in common with the name."""
 
 
 class Names:
