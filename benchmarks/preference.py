@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
+
+from measuring import machine
 
 from clinical_nlp.config import load_config
 from clinical_nlp.recipes import report
@@ -22,14 +23,21 @@ from clinical_nlp.runs import Run, package_versions, write_json
 
 KEPT = ("fact_f1", "invention_rate", "flipped_rate", "flipped_source_rate", "side_error_rate", "error_rate", "rouge1",
         "rouge2", "rougeL")  # fmt: skip
-ARMS: dict[str, dict[str, Any]] = {
-    "planted": {"preference.pairs": 900, "preference.learning_rate": 1.5e-5},
-    "own": {"preference.pairs": 0, "preference.own": 1500, "preference.epochs": 2.0},
-    "planted_and_own": {"preference.pairs": 1000, "preference.own": 1000},
-    "swapped": {"preference.pairs": 3000, "preference.errors": ["finding_swapped"], "preference.learning_rate": 3e-5},
-    "control": {"preference.pairs": 1000, "preference.own": 1000, "preference.beta": 1e-6},
+SWAPPED: dict[str, Any] = {
+    "preference.pairs": 1200,
+    "preference.candidates": 3,
+    "preference.tokens": "differing",
+    "preference.errors": ["finding_swapped", "negation"],
+    "preference.learning_rate": 2.5e-5,
 }
-"""`control` has the pairs of `planted_and_own` and learns their references alone: such a beta gives DPO no gradient."""
+ARMS: dict[str, dict[str, Any]] = {
+    "hard": SWAPPED,
+    "hard_control": SWAPPED | {"preference.beta": 1e-6},
+    "planted": {"preference.pairs": 900, "preference.tokens": "all", "preference.candidates": 1},
+}
+"""`hard`: of four errors planted for each pair the one that the model finds likeliest, and only the tokens that differ
+count. `hard_control` has the same pairs and learns their references alone: such a beta gives DPO no gradient.
+`planted`: errors of every kind as they come, and both texts count as they are."""
 
 
 def main() -> None:
@@ -38,19 +46,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--base-model", default="builtin:tiny")
-    parser.add_argument("--patients", type=int, default=10_000, help="of one institution; about a third have a pair")
+    parser.add_argument("--patients", type=int, default=14_000, help="of one institution; about 40 %% have a pair")
+    parser.add_argument("--test", type=float, default=0.45, help="share of the patients that is held out")
     parser.add_argument(
         "--epochs", type=float, default=1.5, help="of SFT; the longer it learns, the less is left to gain"
     )
-    parser.add_argument("--beta", type=float, default=0.3)
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of DPO")
+    parser.add_argument("--scored-notes", type=int, default=2400, help="of the held-out patients")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1, help="of the hospital, its patients, the split and the training")
     options = parser.parse_args()
+    import torch
+
     common = {
         "corpus.options": {"institutions": 1, "patients": options.patients, "covariate": 1.0,
-                           "notes_per_patient": [4, 8]},
-        "split": {"name": "random", "development": 0.05, "test": 0.12},
+                           "notes_per_patient": [4, 8], "seed": options.seed},
+        "split": {"name": "random", "development": 0.05, "test": options.test},
         "strategy.name": "full",
         "training.batch_size": 16,
         "training.precision": "bf16",
@@ -69,42 +79,28 @@ def main() -> None:
             "training.save_steps": 250,
         },
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm in options.arms:
-        run = finished(
-            options.work / arm,
-            common
-            | {
-                "base_model": str(first.path),
-                "preference.beta": options.beta,
-                "preference.learning_rate": options.learning_rate,
-                **ARMS[arm],
-            },
-        )
+        settings = {"base_model": str(first.path), "scored_notes": options.scored_notes, **ARMS[arm]}
+        run = finished(options.work / arm, common | settings)
         rows.append(
             {
                 "arm": arm,
                 "settings": run.manifest["config"]["preference"],
                 "training": run.manifest["training"],
-                **{f"change.{name}": run.metrics[f"change.{name}"] for name in KEPT},
+                **{f"{when}.{name}": run.metrics[f"{when}.{name}"] for when in ("before", "change") for name in KEPT},
                 **{f"after.{name}": run.metrics[f"test.{name}"] for name in KEPT},
             }
         )
-        print(arm, *(f"{name} {rows[-1][f'change.{name}']['value']:+.4f}" for name in KEPT))
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
-    result = {
-        "benchmark": "preference",
-        "machine": {"processor": processor, "system": platform.platform(), "packages": package_versions()},
-        "sft": {
-            "split": first.manifest["split"],
-            "training": first.manifest["training"],
-            **{name: first.metrics[f"test.{name}"] for name in KEPT},
-            **{key: value for key, value in first.metrics.items() if key.startswith("baseline")},
-        },
-        "rows": rows,
-    }
-    write_json(options.output, result)
+        print(arm, *(f"{name} {rows[-1][f'change.{name}']['value']:+.4f}" for name in KEPT), flush=True)
+        result = {
+            "benchmark": "preference",
+            "machine": machine(torch.get_num_threads()) | {"packages": package_versions()},
+            "sft": {"split": first.manifest["split"], "training": first.manifest["training"]},
+            "baselines": {key: value for key, value in run.metrics.items() if key.startswith("baseline")},
+            "rows": rows,
+        }
+        write_json(options.output, result)
     print(json.dumps({"written": str(options.output)}))
 
 
