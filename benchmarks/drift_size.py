@@ -124,6 +124,9 @@ def within_types(data: Simulated, seed: int, n_permutations: int) -> Iterator[tu
     yield "domain_classifier_within_types", domain_classifier_test(data.features, plan, cells=kinds).p_value
     yield "mmd_within_types", mmd_test(data.features, plan, cells=kinds).p_value
     yield "max_t_within_types", max_t_test(data.features, names, plan, cells=kinds).test.p_value
+    yield "length_within_types", length_test(data.lengths, plan, cells=kinds).p_value
+    vocabulary = vocabulary_test(data.words, tuple(map(str, range(20))), plan, cells=kinds)
+    yield "vocabulary_within_types", vocabulary.jensen_shannon.p_value
 
 
 def paired(data: Simulated, seed: int, n_permutations: int) -> Iterator[tuple[str, float]]:

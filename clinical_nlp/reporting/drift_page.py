@@ -566,9 +566,8 @@ def _method(results: dict[str, Any]) -> Section:
         strata = [
             f"Strata: notes are compared with notes of the same {cell} only, and patients are shuffled only among "
             "patients with a like number and mix of notes. This answers whether notes differ beyond their mix. It is "
-            "approximate and gives no intervals: in simulation, identical hospitals with different mixes were called "
-            "different by the classifier, by the text as a whole and by clinical units in 5 to 6 % of cases instead "
-            "of 5 %."
+            "approximate and gives no intervals: in simulation, each test called identical hospitals with different "
+            "mixes different in 5 to 6 % of cases instead of 5 %."
         ]
     return Section(
         "How",

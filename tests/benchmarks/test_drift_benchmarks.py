@@ -41,7 +41,8 @@ def test_committed_sizes_are_within_what_is_allowed():
     assert all(rate["runs"] >= 2000 for name, rate in rates.items() if name != "mlp_classifier")
     assert rates["mlp_classifier"]["runs"] >= 400
     within = {name: rate for name, rate in found["mix"]["rejections_at_5_percent"].items() if "within" in name}
-    assert within
+    tests = ("domain_classifier", "mmd", "max_t", "length", "vocabulary")
+    assert set(within) == {f"{name}_within_types" for name in tests}
     assert all(rate["rate"] <= 0.07 for rate in within.values())
     assert found["split"]["alarms"]["rate"] <= 0.08
     assert found["looks"]["years_with_an_alarm"]["low"] <= 0.05
