@@ -224,3 +224,18 @@ def test_wide_hpo_looks_for_inheritance_onset_and_variability():
     found = {wide.label(m.concept_id) for m in Matcher(wide).match(text)}
     assert found == {"Seizure", "Autosomal dominant inheritance", "Variable expressivity", "Infantile onset"}
     assert "HP:0003674" not in wide.matchable  # `onset` itself says nothing
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Genetic heterogeneity and familial cases are known.", {"HP:0000005"}),
+        ("The mode of inheritance is not known.", {"HP:0000005"}),
+        ("Autosomal dominant inheritance was assumed.", {"HP:0000006"}),
+        ("A question of inheritance.", set()),
+        ("Uniparental disomy of an imprinted gene.", set()),
+        ("The mass was heterogeneous.", set()),
+    ],
+)
+def test_the_wide_hpo_reads_inheritance_and_no_mechanism_of_a_locus(text, expected):
+    assert {match.concept_id for match in Matcher(load_terminology("hpo_wide")).match(text)} == expected
