@@ -1,6 +1,6 @@
 """HPO recognition beside FastHPOCR 0.1.4, on one corpus in one run: what is found, and how fast.
 
-    clinical-nlp run link --base_model models/minilm --corpus mtsamples --max_steps 220 --output runs/link
+    clinical-nlp run link --base_model models/minilm --corpus mtsamples --precision 0.6 --output runs/link
     taskset -c 0 python benchmarks/phenotypes.py --corpus $CLINICAL_NLP_DATA/gsc-plus --work DIR \\
         --link runs/link --output benchmarks/phenotypes.json
 
@@ -156,15 +156,17 @@ def _linked(run: Path, documents: dict[str, str], gold: dict[str, set[str]]) -> 
     precision = patient_bootstrap(
         np.array(counts, dtype=float), lambda c: c[..., 0] / c[..., 1], n_notes=len(counts), part="all"
     )
-    manifest = Run.load(run).manifest
+    made = [Run.load(run)]
+    while (base := Path(made[-1].manifest["base_model"]["name"])).joinpath("manifest.json").is_file():
+        made.append(Run.load(base))
     return {
         "system": "clinical_nlp, hpo_wide with the neural lane",
         "link": {
-            "threshold": manifest["threshold"],
-            "base_model": Path(manifest["base_model"]["name"]).name,
-            "base_model_digest": manifest["base_model"]["digest"],
-            "training": manifest["training"],
-            "metrics": Run.load(run).metrics,
+            "threshold": made[0].manifest["threshold"],
+            "metrics": made[0].metrics,
+            "questions": made[0].manifest["questions"],
+            "training_from_last_to_first": [step.manifest["training"] for step in made],
+            "first_base_model_digest": made[-1].manifest["base_model"]["digest"],
         },
         "ids_that_the_lane_adds": {
             "added": int(sum(added for _, added in counts)),
