@@ -296,7 +296,8 @@ class _Patients:
                 found AS (
                   SELECT min(institution) AS scope, patient_id, count(*) AS n_mentions
                   FROM read_parquet('{mentions}') WHERE concept_id IS NOT NULL GROUP BY {person})
-                SELECT scope, patient_id, latest, sex, birth_date, death_date, coalesce(n_mentions, 0) AS n_mentions,
+                SELECT person.scope, patient_id, latest, sex, birth_date, death_date,
+                       coalesce(n_mentions, 0) AS n_mentions,
                        md5(notes || concat_ws('/', coalesce(sex, '-'), coalesce(birth_date::VARCHAR, '-'),
                                               coalesce(death_date::VARCHAR, '-'))) AS digest
                 FROM person LEFT JOIN known USING (patient_id) LEFT JOIN found USING ({scope_and_id})
