@@ -17,8 +17,9 @@ from clinical_nlp.extraction import extract
 from clinical_nlp.language.terminology import Matcher, load_terminology
 from clinical_nlp.language.terminology.candidates import Lexicon, content
 from clinical_nlp.models.loading import load_base
-from clinical_nlp.recipes import link
+from clinical_nlp.recipes import link, ner
 from clinical_nlp.tasks.linking import Encoder, Linker, NamePairs, changed, shared_parts
+from clinical_nlp.tasks.ner import NerPredictor
 
 TOP = "HP:0000707"  # abnormality of the nervous system
 SMALL = {
@@ -188,3 +189,33 @@ def test_an_encoder_that_knows_nothing_gets_no_threshold(tiny, vocabulary, tmp_p
     values = {**SMALL, "base_model": tiny, "terminology": str(vocabulary), "max_steps": 1, "precision": 0.95}
     with pytest.raises(ModelError, match=r"no threshold reaches precision 0\.95"):
         link.run(load_config(link.CONFIG, None, values), tmp_path / "run")
+
+
+def test_a_tagger_s_spans_are_looked_at_and_kept_where_they_are_linked_to_nothing(linked, vocabulary, tiny, tmp_path):
+    values = {"corpus.options": {"institutions": 1, "patients": 20}, "base_model": tiny, "strategy.name": "full"}
+    tagger = ner.run(
+        load_config(ner.CONFIG, None, {**values, "max_steps": 3, "baseline_notes": 0}), tmp_path / "tagger"
+    )
+    told = link.tagger_of(load_config(link.CONFIG, None, {"tagger": str(tagger.path)}), linked)
+    run = tmp_path / "run"
+    shutil.copytree(linked.path, run)
+    task = json.loads((run / "task.json").read_text("utf-8"))
+    (run / "task.json").write_text(json.dumps(task | {"tagger": told}), "utf-8")
+    terminology = load_terminology(vocabulary)
+    matcher = Matcher(terminology)
+    texts = ["Seizures odd started in infancy, with ataxia of gait.", "He walks well and has no tremor at all today."]
+    matches = [matcher.match(text) for text in texts]
+    tagged = NerPredictor.load(tagger.path).predict(texts)
+    assert any(tagged), "three steps leave a tagger that marks something"
+    found = Linker.load(run, terminology).predict(texts, matches)
+    plain = Linker.load(linked.path, terminology).predict(texts, matches)
+    for text, spans, marked, without in zip(texts, found, tagged, plain, strict=True):
+        assert {span[:3] for span in marked} <= {span[:3] for span in spans}
+        assert {span[:2] for span in without} <= {span[:2] for span in spans}
+        assert all(0 <= start < end <= len(text) for start, end, *_ in spans)
+        assert spans == sorted(spans, key=lambda span: (span[0], -span[1], span[4] or ""))
+
+
+def test_a_tagger_has_to_be_an_ner_run(linked):
+    with pytest.raises(ModelError, match="was trained for linking, not for ner"):
+        link.tagger_of(load_config(link.CONFIG, None, {"tagger": str(linked.path)}), linked)
