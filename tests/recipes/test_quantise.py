@@ -100,6 +100,9 @@ def test_decoders_and_other_tasks_are_refused(small, tmp_path):
     run = trained(tmp_path / "decoder", write_decoder(tmp_path / "model"), "lora", max_steps=1)
     with pytest.raises(ModelError, match="knows encoders"):
         quantise.run(quantise.QuantiseConfig(run=str(run.path)), tmp_path / "int8")
-    with pytest.raises(ModelError, match="int8 weights already"):
-        quantise.run(quantise.QuantiseConfig(run=str(small.path)), tmp_path / "again")
+    run = trained(tmp_path / "four_bit", write_encoder(tmp_path / "encoder"), "qlora", max_steps=1)
+    with pytest.raises(ModelError, match="nf4 weights already"):
+        quantise.run(quantise.QuantiseConfig(run=str(run.path)), tmp_path / "int8")
+    with pytest.raises(ModelError, match="is a quantise run"):
+        quantise.run(quantise.QuantiseConfig(run=str(small.path)), tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
