@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from clinical_nlp.errors import RunError
 from clinical_nlp.extraction.patients import PATIENTS_SCHEMA, patient_rows
 from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
 from clinical_nlp.language.terminology import Terminology
@@ -96,14 +97,24 @@ class Gatherer:
         self.writes_packets = terminology.name == "hpo" or any(id_.startswith("HP:") for id_ in terminology.roots)
 
     def gather(self, found: Found) -> Gathered:
-        """Do some patients."""
+        """Do some patients.
+
+        Raises
+        ------
+        RunError : a mention came with another patient than its own.
+        """
         mentions = iter(pa.ipc.open_stream(found.mentions).read_all().to_pylist())
         rows: list[dict[str, Any]] = []
         lines: dict[str, list[str]] = {name: [] for name in RESOURCES}
         packets = []
         for person in found.people:
             patient_id, scope = person.patient.patient_id, person.scope
-            their = islice(mentions, person.n_mentions)
+            their = list(islice(mentions, person.n_mentions))
+            # They are matched by count and order; nobody may be given what was found in another's notes.
+            if len(their) != person.n_mentions or any(
+                mention["patient_id"] != patient_id or (scope and mention["institution"] != scope) for mention in their
+            ):
+                raise RunError("mentions and patients do not match; do the batch again in another --output")
             own = patient_rows(patient_id, their, self._terminology, propagate=self._config.propagate)
             rows += own
             stated = [row for row in own if row["state"] in ("present", "excluded") and not row["propagated_from"]]

@@ -305,7 +305,7 @@ class _Patients:
         )
         found = _Stream(
             connection,
-            f"""SELECT institution, note_id, written_at, "start", "end", concept_id, concept_label,
+            f"""SELECT institution, patient_id, note_id, written_at, "start", "end", concept_id, concept_label,
                        presence, temporality, modality, experiencer, copied_from
                 FROM read_parquet('{mentions}') WHERE concept_id IS NOT NULL
                 ORDER BY {person}, written_at NULLS LAST, institution, note_id, "start", "end", concept_id""",

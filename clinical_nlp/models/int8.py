@@ -76,6 +76,8 @@ def export_int8(network: Any, folder: Path) -> None:
             assert program is not None
             program.save(str(plain))
             quantize_dynamic(plain, folder / FILE, weight_type=QuantType.QInt8, per_channel=True)
+        except OSError:  # a full disk is no fault of the encoder
+            raise
         # The exporter has a class of its own for each thing that it cannot do.
         except Exception as error:
             raise ModelError(

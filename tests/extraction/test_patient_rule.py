@@ -199,3 +199,35 @@ def test_invariants(mentions):
     assert propagate_states(plain, hpo).keys() == {row["concept_id"] for row in rows if row["propagated_from"]} | {
         concept for concept in propagate_states(plain, hpo) if concept in plain
     }
+
+
+def test_mentions_of_another_patient_are_refused():
+    import pyarrow as pa
+
+    from clinical_nlp.errors import RunError
+    from clinical_nlp.extraction.gathering import Found, Gatherer, Person
+    from clinical_nlp.extraction.plan import ExtractionConfig
+    from clinical_nlp.language.terminology import load_terminology
+    from clinical_nlp.notes.schema import Patient
+
+    row = {
+        "institution": "a", "patient_id": "1", "note_id": "n", "written_at": None, "start": 0, "end": 5,
+        "concept_id": "HP:0001945", "concept_label": "Fever", "presence": "present", "temporality": "current",
+        "modality": "actual", "experiencer": "patient", "copied_from": None,
+    }  # fmt: skip
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist([row])
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    mentions = sink.getvalue().to_pybytes()
+    gatherer = Gatherer(ExtractionConfig(source="x", format="table"), load_terminology("hpo"))
+
+    def gathered(scope, patient_id, count=1):
+        return gatherer.gather(
+            Found([Person(scope, Patient(patient_id, None, None, None), None, count, with_packet=True)], mentions)
+        )
+
+    assert gathered("a", "1").rows.column("concept_id").to_pylist() == ["HP:0001945"]
+    for scope, patient_id, count in (("a", "2", 1), ("b", "1", 1), ("a", "1", 2)):
+        with pytest.raises(RunError, match="do not match"):
+            gathered(scope, patient_id, count)
