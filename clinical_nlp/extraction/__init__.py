@@ -47,7 +47,8 @@ class Update:
 class Extraction:
     """What a batch did, in numbers, and where the result is.
 
-    `records` is every note that the export holds; `done + skipped + rejected` equals it.
+    `records` is every note that the export holds; `done + skipped + rejected` equals it. `verified` counts the mentions
+    that a verifier was `asked` about, by why it was asked and by verdict; it is empty without one.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class Extraction:
     patients: int = 0
     patient_concepts: int = 0
     phenopackets: int = 0
+    verified: Mapping[str, int] = field(default_factory=dict)
     shards: int = 0
     shards_reused: int = 0
     update: Update | None = None
@@ -72,6 +74,7 @@ class Extraction:
             *(f"  rejected {count}: {reason}" for reason, count in self.rejected_by_reason.items()),
             f"{self.mentions} mentions; {self.patients} patients with {self.patient_concepts} concepts; "
             f"{self.phenopackets} phenopackets",
+            *([_verified_line(self.verified)] if self.verified else []),
             *([] if self.update is None else [str(self.update)]),
             f"result: {self.output}",
         ]
@@ -84,6 +87,7 @@ def extract(
     format: str,
     output: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
+    verify: str | os.PathLike[str] | None = None,
     terminology: str | os.PathLike[str] = "hpo",
     engine: str = "local",
     workers: int = 1,
@@ -101,6 +105,10 @@ def extract(
     output : directory of the result; a new one, or with `resume` one that was interrupted.
     model : directory of an ner run, whose entities are added to the dictionary's, or of a link run, which links what
         the dictionary misses.
+    verify : a causal language model (directory of a dapt or report run, a local model folder, or `builtin:tiny`) that
+        is asked where the lanes disagree; see `clinical_nlp.tasks.verifying`. It picks one of the listed concepts or
+        none of them. No mention is added or removed: one that means none of them loses its concept and keeps its row,
+        one that the model cannot decide stays as it was, and the column `verified` says which.
     terminology : hpo, icd10cm or a file.
     engine : local or spark (the session that is active, else a local one; it is left open in the first case). The
         outputs are byte for byte the same.
@@ -140,6 +148,7 @@ def extract(
             "source": os.fspath(source),
             "format": format,
             "model": None if model is None else os.fspath(model),
+            "verify": None if verify is None else os.fspath(verify),
             "terminology": os.fspath(terminology),
             "engine": engine,
             "workers": workers,
@@ -270,7 +279,7 @@ def _batch(
             lambda: read_patients(source, format=layout, options=options),
             previous=None if previous is None else previous.output,
         )
-        result = _summary(output, records, counts, len(done) - n_new)
+        result = _summary(output, records, counts, len(done) - n_new, verify=config.verify is not None)
         run.note(
             inputs=plan["export"],
             terminology=plan["terminology"],
@@ -279,6 +288,7 @@ def _batch(
             extraction={name: getattr(result, name) for name in _COUNTS},
             skipped_by_rule=result.skipped_by_rule,
             rejected_by_reason=result.rejected_by_reason,
+            verified=result.verified,
             engine=config.engine,
             workers=config.workers,
         )
@@ -314,6 +324,7 @@ def _process(
         "terminology": config.terminology,
         "model": config.model,
         "measurements": config.measurements,
+        "verify": config.verify,
         "workers": config.workers,
     }
     if session is None:
@@ -363,12 +374,29 @@ def summary_of(output: Path) -> Extraction:
         **{name: told["extraction"][name] for name in _COUNTS},
         skipped_by_rule=told["skipped_by_rule"],
         rejected_by_reason=told["rejected_by_reason"],
+        verified=told.get("verified", {}),
         shards_reused=told["extraction"]["shards"],
         update=changed and Update(**{**changed, "patients_touched": tuple(changed["patients_touched"])}),
     )
 
 
-def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, Any], reused: int) -> Extraction:
+def _verified(records: list[dict[str, Any]]) -> dict[str, int]:
+    from clinical_nlp.tasks.verifying import VERDICTS, WHYS
+
+    return {name: sum(record["verified"].get(name, 0) for record in records) for name in ("asked", *WHYS, *VERDICTS)}
+
+
+def _verified_line(counts: Mapping[str, int]) -> str:
+    *reasons, kept, changed, none, undecided, invalid = (f"{count} {name}" for name, count in counts.items())
+    return (
+        f"verified: {', '.join(reasons)}; {kept}, {changed}, {none} (concept withdrawn), {undecided} and {invalid} "
+        "(left as they were)"
+    )
+
+
+def _summary(
+    output: Path, records: list[dict[str, Any]], counts: Mapping[str, Any], reused: int, *, verify: bool
+) -> Extraction:
     import pyarrow.dataset as ds
 
     table = ds.dataset(output / "notes", format="parquet").to_table(columns=["outcome", "reason"])
@@ -387,6 +415,7 @@ def _summary(output: Path, records: list[dict[str, Any]], counts: Mapping[str, A
         skipped_by_rule=reasons("skipped"),
         rejected_by_reason=reasons("rejected"),
         mentions=sum(record["mentions"] for record in records),
+        verified=_verified(records) if verify else {},
         **counts,
         shards=len(records),
         shards_reused=reused,

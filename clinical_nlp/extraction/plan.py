@@ -34,6 +34,9 @@ class ExtractionConfig(Config):
     model: str | None = None
     """Directory of an ner run whose entities are added to the dictionary's, or of a link run, which links what the
     dictionary misses."""
+    verify: str | None = None
+    """A causal language model (directory of a dapt or report run, a local model folder, or builtin:tiny) that is asked
+    where the lanes disagree, and picks from listed concepts alone; see the column `verified` of mentions."""
     terminology: str = "hpo"
     """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
     measurements: bool = False
@@ -157,7 +160,7 @@ def make_plan(config: ExtractionConfig, *, terminology: Any, source: Path, input
     return {
         "format_version": 1,
         "system": SYSTEM,
-        "code": _code_digest(),
+        "code": _code_digest(with_tasks=config.model is not None or config.verify is not None),
         "config": config.model_dump(mode="json"),
         "terminology": {
             "name": terminology.name,
@@ -165,6 +168,7 @@ def make_plan(config: ExtractionConfig, *, terminology: Any, source: Path, input
             "digest": terminology.digest,
         },
         "model": None if config.model is None else _model_digest(Path(config.model)),
+        "verify": None if config.verify is None else _verifier_digest(config.verify),
         "patient_map": _optional_digest(config.patient_map),
         "vocabulary": _optional_digest(config.vocabulary),
         "export": {
@@ -177,6 +181,7 @@ _CHANGED = {
     "export": "the export changed",
     "terminology": "the terminology changed",
     "model": "the model changed",
+    "verify": "the model of --verify changed",
     "patient_map": "the patient map changed",
     "vocabulary": "the vocabulary changed",
     "system": "clinical_nlp is another version",
@@ -205,11 +210,14 @@ def settle_plan(output: Path, plan: dict[str, Any]) -> None:
             raise RunError(f"{output} cannot be resumed: {what} since it was begun; start again with another --output")
 
 
-def _code_digest() -> str:
-    """Digest of the code and word lists that decide what is found, so that one output is never of two minds."""
+def _code_digest(*, with_tasks: bool) -> str:
+    """Digest of the code and word lists that decide what is found, so that one output is never of two minds.
+
+    The tasks, which only models need, are counted in where one is used.
+    """
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for room in ("notes", "language", "extraction"):
+    for room in ("notes", "language", "extraction", *(["tasks"] if with_tasks else [])):
         for path in sorted((package / room).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(f"{path.relative_to(package).as_posix()} {file_digest(path)}\n".encode())
@@ -222,6 +230,13 @@ def _optional_digest(file: str | None) -> str | None:
     if not Path(file).is_file():
         raise MissingDataError(f"{file} does not exist")
     return file_digest(Path(file))
+
+
+def _verifier_digest(name: str) -> str | None:
+    """Digest of a language model's weights and tokenizer, with those of the adapters on it."""
+    from clinical_nlp.tasks.verifying import check_verifier
+
+    return check_verifier(name).digest
 
 
 def _model_digest(folder: Path) -> str:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,15 +83,26 @@ class Annotated:
 
 
 class Extractor:
-    """What turns a note into mentions: the dictionary annotator, and a model where one is given."""
+    """What turns a note into mentions: the dictionary annotator, a model and a verifier where they are given."""
 
-    def __init__(self, terminology: str, model: str | None = None, *, measurements: bool = False) -> None:
+    def __init__(
+        self, terminology: str, model: str | None = None, *, measurements: bool = False, verify: str | None = None
+    ) -> None:
         from clinical_nlp.language.mentions import Annotator
 
         self._annotator = Annotator(terminology, measurements=measurements)
         self._predictor: Any = None
+        self._verification: Any = None
         if model is not None:
             self._predictor = _predictor(Path(model), self._annotator)
+        if verify is not None:
+            from clinical_nlp.tasks.verifying import CandidateVerifier, Verification
+
+            known = self._annotator.terminology
+            nearest = getattr(self._predictor, "nearest", lambda text: ())
+            self._verification = Verification(
+                CandidateVerifier.load(verify, known), known, self._annotator.match, nearest
+            )
 
     def annotate(self, notes: Sequence[Note]) -> list[Annotated]:
         """Annotate notes; one that cannot be annotated is rejected with the name of the error, and the rest go on."""
@@ -125,7 +137,7 @@ class Extractor:
     def _rows(self, note: Note, spans: list[Any]) -> Iterator[dict[str, Any]]:
         terminology = self._annotator.terminology
         digests: dict[tuple[int, int], str | None] = {}  # a note without punctuation is one long sentence
-        for mention in self._annotator.annotate(note.text, extra_spans=spans):
+        for mention, verified in self._verified(note.text, self._annotator.annotate(note.text, extra_spans=spans)):
             covered = note.text[mention.start : mention.end]
             covered.encode("utf-8")
             if covered != mention.text or not covered or mention.lane not in _LANES:
@@ -156,8 +168,15 @@ class Extractor:
                 "lane": mention.lane,
                 "copied_from": None,
                 "sentence_digest": digests[mention.sentence],
+                "verified": verified,
                 "snippet": snippet(note.text, mention.start, mention.end).encode("utf-8", "replace").decode(),
             }
+
+    def _verified(self, text: str, mentions: list[Any]) -> list[tuple[Any, dict[str, Any] | None]]:
+        if self._verification is None:
+            return [(mention, None) for mention in mentions]
+        with one_thread():
+            return list(self._verification(text, mentions))
 
 
 def _predictor(run: Path, annotator: Any) -> Any:
@@ -169,7 +188,9 @@ def _predictor(run: Path, annotator: Any) -> Any:
     if not (run / "task.json").is_file() or read_task(run).get("task") != "linking":
         return NerPredictor.load(run)
     linker = Linker.load(run, annotator.terminology)
-    return SimpleNamespace(predict=lambda texts: linker.predict(texts, [annotator.match(text) for text in texts]))
+    return SimpleNamespace(
+        predict=lambda texts: linker.predict(texts, [annotator.match(text) for text in texts]), nearest=linker.nearest
+    )
 
 
 @contextmanager
@@ -276,10 +297,17 @@ def write_shard(output: Path, shard: Shard, annotated: Sequence[Annotated]) -> d
             "rejected": len(rejected),
             "rejected_in_extraction": sum(row["stage"] == "extraction" for row in rejected),
             "mentions": len(mentions),
+            "verified": _counted(mentions),
             "files": files,
         }
         _enter(ledger_file(output, shard.index), entry)
     return entry
+
+
+def _counted(mentions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Count what was asked of a verifier: in all, by why it was asked, and by verdict."""
+    asked = [mention["verified"] for mention in mentions if mention["verified"] is not None]
+    return {"asked": len(asked), **Counter(each[key] for key in ("why", "verdict") for each in asked)}
 
 
 def _enter(path: Path, entry: Mapping[str, Any]) -> None:

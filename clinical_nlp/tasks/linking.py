@@ -32,6 +32,8 @@ TOKENS = 32
 """Tokens of a span or name that are read."""
 NEAREST = 25
 """Names that are looked at closely."""
+OTHERS = 4
+"""Concepts that are told as near to a span, the nearest among them."""
 LEXICAL = 0.3
 """What the words in common count for beside the cosine, where the nearest name is chosen."""
 TEMPERATURE = 0.05
@@ -221,11 +223,15 @@ def build_model(network: Any) -> Any:
 
 
 class Nearest(NamedTuple):
-    """The concept nearest to a span, the name that it is nearest by (its row), and what the verifier judges by."""
+    """The concept nearest to a span, the name that it is nearest by (its row), and what the verifier judges by.
+
+    `others` are the concepts that come next, nearest first.
+    """
 
     concept_id: str
     row: int
     features: tuple[float, ...]
+    others: tuple[str, ...] = ()
 
 
 FEATURES, DICE = 14, 3
@@ -295,7 +301,7 @@ class Names:
             float(len(name - words)),
             float(lexicon.names[row][2] in ("label", "exact")),
         )
-        return Nearest(chosen, row, features)
+        return Nearest(chosen, row, features, tuple(order[1:OTHERS]))
 
     def above(self, concept_id: str) -> frozenset[str]:
         """Return the ancestors of a concept."""
@@ -478,6 +484,17 @@ class Linker:
             looked.append([(*place, spelled(text[place[0] : place[1]])) for place in dict.fromkeys(places)])
         self._look_up(list(dict.fromkeys(form for places in looked for *_, form in places)), lexicon)
         return [self._chosen(places, spans) for places, spans in zip(looked, tagged, strict=True)]
+
+    def nearest(self, text: str) -> tuple[str, ...]:
+        """Return the concepts whose names are nearest to a span, nearest first, however sure that is.
+
+        Nothing where the span has too little in common with any name to be looked up.
+        """
+        form = spelled(text)
+        if not worth_a_look(form, self._names.lexicon):
+            return ()
+        (found,) = self._names.nearest([form], self._encoder([form]))
+        return found.concept_id, *found.others
 
     def _look_up(self, forms: Sequence[str], lexicon: Lexicon) -> None:
         if len(self._known) > _CACHED:

@@ -115,6 +115,7 @@ def process(
     terminology: str,
     model: str | None,
     measurements: bool,
+    verify: str | None,
     workers: int,
 ) -> Iterator[dict[str, Any]]:
     """Work through shards on Spark and yield their ledger records in order.
@@ -124,10 +125,10 @@ def process(
     shards : what is to be done; no more than two waves are held at a time.
     output : the run directory, on the driver.
     session : a Spark session.
-    terminology, model, measurements : as in the config; the paths are ones that the executors know too.
+    terminology, model, measurements, verify : as in the config; the paths are ones that the executors know too.
     workers : shards that are worked on at a time, where the session does not say.
     """
-    batch = _Batch(session, terminology, None if model is None else str(Path(model).resolve()), measurements)
+    batch = _Batch(session, terminology, _absolute(model), measurements, _absolute(verify))
     batch.probe()
     size = _parallelism(session, workers)
     stream = iter(shards)
@@ -147,6 +148,11 @@ def process(
                 done.cancel()
 
 
+def _absolute(model: str | None) -> str | None:
+    """Return a path as executors find it; a model that comes with the package has none."""
+    return str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
+
+
 def _parallelism(session: Any, workers: int) -> int:
     try:
         return max(1, session.sparkContext.defaultParallelism)
@@ -157,9 +163,11 @@ def _parallelism(session: Any, workers: int) -> int:
 class _Batch:
     """Annotates lists of notes on Spark; a note that ends its worker process is found and rejected."""
 
-    def __init__(self, session: Any, terminology: str, model: str | None, measurements: bool) -> None:
+    def __init__(
+        self, session: Any, terminology: str, model: str | None, measurements: bool, verify: str | None
+    ) -> None:
         self._session = session
-        self._work = partial(_annotate, terminology=terminology, model=model, measurements=measurements)
+        self._work = partial(_annotate, terminology=terminology, model=model, measurements=measurements, verify=verify)
 
     def probe(self) -> None:
         """Annotate a harmless note, so that what is wrong with the cluster is not taken for the notes' fault.
@@ -226,12 +234,12 @@ def _annotated(row: Mapping[str, Any], n_notes: int) -> list[Annotated]:
 
 
 @lru_cache(maxsize=1)
-def _extractor(terminology: str, model: str | None, measurements: bool) -> Extractor:
-    return Extractor(terminology, model, measurements=measurements)
+def _extractor(terminology: str, model: str | None, measurements: bool, verify: str | None) -> Extractor:
+    return Extractor(terminology, model, measurements=measurements, verify=verify)
 
 
 def _annotate(
-    batches: Iterator[pa.RecordBatch], terminology: str, model: str | None, measurements: bool
+    batches: Iterator[pa.RecordBatch], terminology: str, model: str | None, measurements: bool, verify: str | None
 ) -> Iterator[pa.RecordBatch]:
     """Annotate on an executor: rows of `_ROW` from rows of (shard, notes)."""
     names = [part.partition(" ")[0] for part in _ROW.split(", ")]
@@ -240,7 +248,7 @@ def _annotate(
         try:
             for batch in batches:
                 for task in batch.to_pylist():
-                    extractor = _extractor(terminology, model, measurements)
+                    extractor = _extractor(terminology, model, measurements, verify)
                     annotated = extractor.annotate(list(iter_notes(_from_ipc(task["notes"]))))
                     rows = [row | {"place": place} for place, note in enumerate(annotated) for row in note.rows]
                     mentions = _to_ipc(pa.Table.from_pylist(rows, schema=_FOUND))

@@ -44,12 +44,24 @@ MENTION_SCHEMA = pa.schema(
         pa.field("lane", pa.string(), nullable=False),
         pa.field("copied_from", pa.string()),
         pa.field("sentence_digest", pa.string()),
+        pa.field(
+            "verified",
+            pa.struct(
+                [
+                    ("why", pa.string()),
+                    ("verdict", pa.string()),
+                    ("probability", pa.float64()),
+                    ("candidates", pa.list_(pa.string())),
+                ]
+            ),
+        ),
     ]
 )
 """One row a mention, in the order of the notes. `text` equals `note.text[start:end]`; `label` is the entity type;
 `lane` is dictionary, model, both or measurement; `copied_from` is the earliest note of the same patient that holds the
 identical sentence, where there is one; `sentence_digest` is equal where the sentences are (white space aside), and null
-for a sentence too short to tell."""
+for a sentence too short to tell; `verified` says why a verifier was asked about the mention, what came of it and among
+which concepts (the one that the mention had is first, or there was none), and is null where it was not asked."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
