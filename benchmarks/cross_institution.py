@@ -146,7 +146,7 @@ def main() -> None:
     """Run both scenarios and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--patients", type=int, default=400, help="of each training institution")
-    parser.add_argument("--held-out", type=int, default=2500, help="of the held-out institution; 40 % are scored on")
+    parser.add_argument("--held-out", type=int, default=2500, help="of the held-out institution; 40 %% are scored on")
     parser.add_argument("--studies", type=int, default=STUDIES)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=150, help="of a training")

@@ -28,7 +28,8 @@ def coordinated(
     A conjunct may borrow the end of a later one (`renal, cardiac and skeletal anomalies`) or the beginning of an
     earlier one (`dysgenesis of the corpus callosum and vermis`), where only single words stand between the two. What
     is borrowed must complete a name in that name's own order; a word of a longer match is not taken out of it, and what
-    names a concept by itself takes a beginning only across one `and` or `or` (`joint pain and swelling`).
+    names a concept by itself takes a beginning only across one `and` or `or` (`joint pain and swelling`). A name that
+    only follows from others (`neck changes`) takes no end across a mere comma, and a beginning only before `of`.
     """
     owner = {word: span for span in kept for word in range(*span)}
     for chain in _chains(reading, owner):
@@ -92,6 +93,7 @@ def _with_end(
 ) -> tuple[int, int, int] | None:
     """Complete the last words before `stop` with words of the conjunct [other, end), all but its first."""
     ids = reading.ids
+    bare = all(reading.gaps[k] != CONJUNCTION for k in range(stop, other + 1))
     for first in range(max(start, stop - _LONGEST), stop):
         held = owner.get(stop - 1)
         if held is not None and held[1] - held[0] > 1 and first >= held[0]:
@@ -104,7 +106,7 @@ def _with_end(
                 continue
             for last in range(min(end, head + _LONGEST), head, -1):
                 code = index.ordered([*ids[first:stop], *ids[head:last]])
-                if code is not None:
+                if code is not None and not (bare and index.follows(code)):
                     return first, last - 1, code
     return None
 
@@ -131,6 +133,6 @@ def _with_beginning(
                 code = index.ordered(words)
                 if code is None and phrase:
                     code = index.bags.get(sum(index.values[word] for word in words), -1)
-                if code is not None and code >= 0:
+                if code is not None and code >= 0 and (phrase or not index.follows(code)):
                     return first, last - 1, code
     return None

@@ -28,6 +28,28 @@ _Order = tuple[tuple[str, ...], str, bool, bool]
 _VERBS = ("decrease", "increase", "reduce", "raise", "lower", "elevate")
 _TREATED = re.compile(rf"(?:{'|'.join(_VERBS)})\s+(?:his|her|their|the|your|my|its)\b")
 """What is done about a finding: `to decrease her potassium`."""
+SAYS_OTHERWISE = re.compile(
+    r"""
+    .*\b(?:is|are|was|were)\s+(?:\w+\s+)?(?:dissected|difficult)  # by the surgeon; to see
+    | .*\b(?:heart\s+(?:was\s+)?arrested|arrest\w*\s+the\s+heart)
+    | elevat\w+\s+the\s+periosteum | periosteal\s+elevator.*
+    | (?:(?:absent|presen(?:t|ts|ce|ces))\s+(?:in|at|on|of)|reduced\s+to)\b.*  # what it is, stands before
+    | open(?:s|ed|ing)?\s+(?:his|her|the|your)\s+mouth | open\s+and\b.*
+    | back\s+of\s+\w+\b.*knees?
+    | develop\w*\s+cataracts? | cataracts?\s+to\s+develop  # not congenital
+    | abduct\w*\s+(?:his|her|the)\s+.*
+    | (?:small|large)\s+(?:(?:and|or)\s+(?:small|large)\s+)?joints?\b.*
+    | apgar.*\b(?:one|1)\b.*\b(?:five|5)\b.*
+    | .*\brotat(?:ion|e)\b.*\b(?:hips?|shoulders?) | (?:hips?|shoulders?)\b.*\brotation
+    | (?:reduc(?:e|tion\s+in)|decrease\s+in|lower(?:ing)?)\s+(?:\w+\s+)?(?:cholesterol|ldl)  # what a drug is for
+    | absence\s+of\s+ana?emia
+    | trachea\b.*\bbronch\w+ | pelvis\s+of\b.* | extend\s+the\b.* | soft\s+tissues?\b.*\bskin
+    | toes?,?\s+and\s+(?:heel|tandem)\s+walk\w*
+    | .*\b(?:of|to|in|at|on)\s+(?:the\s+)?(?:small|large|short|long|broad|wide|thick|thin)  # breaks off
+    """,
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+"""Words of a name in a phrase that says something else."""
 _MASK = 2**62 - 1
 
 ADJACENT, PASSED, FREE_WORD, COPULA, WEAK_WORD, LIST, CONJUNCTION, HARD = range(8)
@@ -58,7 +80,7 @@ class Index:
     long_words: frozenset[str]
     singles: dict[int, list[tuple[str, int]]]
     abbreviations: dict[str, list[Sense]]
-    guards: dict[str, tuple[str, ...]]
+    guards: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
     @cached_property
     def codes(self) -> dict[str, int]:
@@ -88,6 +110,10 @@ class Index:
     def concept(self, code: int) -> tuple[str, float]:
         """Return the concept id and the weight of the name that a code stands for."""
         return self.ids[code >> 4], _WEIGHTS[code >> 1 & 7]
+
+    def follows(self, code: int) -> bool:
+        """Whether the name is none of the terminology's own, but follows from them."""
+        return code >> 1 & 7 == _VARIED
 
     def ordered(self, words: Sequence[int]) -> int | None:
         """Return the code of the name with exactly these words in this order."""
@@ -122,10 +148,13 @@ class Index:
         covered = text[start:end].lower()
         if covered.startswith(_VERBS) and _TREATED.match(covered):
             return True
-        near = self.guards.get(covered)
-        if near is None:
+        guard = self.guards.get(covered)
+        if guard is None:
             return False
-        around = f"{text[max(0, start - 40) : start]} {text[end : end + 40]}".lower()
+        near, only = guard
+        around = f"{text[max(0, start - 40) : start]}~{text[end : end + 40]}".lower()
+        if only:
+            return not any(word in around for word in only)
         return not near or any(word in around for word in near)
 
     @classmethod
@@ -133,7 +162,7 @@ class Index:
         """Index the names of `ids`, those that follow from them, and for HPO those of `additions_hpo.csv`."""
         numbered = tuple(sorted(ids))
         number_of = {concept_id: number for number, concept_id in enumerate(numbered)}
-        guards = {row["form"].lower(): tuple(filter(None, row["near"].split("|"))) for row in _rows("guards.csv")}
+        guards = {row["form"].lower(): (_parts(row["near"]), _parts(row["only"])) for row in _rows("guards.csv")}
         names = [
             (i, name, SCOPES.index(name.scope))
             for i in numbered
@@ -162,7 +191,7 @@ class Index:
         long_words: set[str] = set()
         for concept_id, name, rank in sorted(names, key=lambda n: (n[2], n[0], n[1].text)):
             text = name.text
-            if guards.get(text.lower()) == ():
+            if guards.get(text.lower()) == ((), ()):
                 continue
             code = number_of[concept_id] << 4 | rank << 1
             if _is_abbreviation(name):
@@ -202,7 +231,7 @@ class Index:
         last_words: set[str],
         long_words: set[str],
         abbreviations: dict[str, list[Sense]],
-        guards: dict[str, tuple[str, ...]],
+        guards: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
     ) -> Index:
         vocabulary = {word: number for number, word in enumerate(sorted({word for bag in bags for word in bag}))}
         values = [
@@ -241,6 +270,10 @@ class Index:
             abbreviations,
             guards,
         )
+
+
+def _parts(cell: str) -> tuple[str, ...]:
+    return tuple(filter(None, cell.split("|")))
 
 
 def _spelled(text: str) -> str:

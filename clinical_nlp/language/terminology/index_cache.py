@@ -98,7 +98,7 @@ def _read(path: Path) -> Index | None:
     fields |= {name: dict(zip(*told[name], strict=True)) for name in _TABLES}
     fields["partners"] = [frozenset(others) for others in told["partners"]]
     fields["singles"] = {number: [(form, code) for form, code in forms] for number, forms in told["singles"]}
-    fields["guards"] = {form: tuple(near) for form, near in told["guards"].items()}
+    fields["guards"] = {form: (tuple(near), tuple(only)) for form, (near, only) in told["guards"].items()}
     fields["abbreviations"] = {
         form: [_sense(sense) for sense in senses] for form, senses in told["abbreviations"].items()
     }

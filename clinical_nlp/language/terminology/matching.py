@@ -29,6 +29,7 @@ from clinical_nlp.language.terminology.index import (
     LIST,
     MAX_WORDS,
     PASSED,
+    SAYS_OTHERWISE,
     WEAK_WORD,
     Index,
 )
@@ -136,7 +137,10 @@ class Matcher:
             inside = any(taken[first:last])
             if inside and not nested:
                 continue
-            if size > 1 and _unfinished(index, text, starts[last - 1], ends[last - 1]):
+            if size > 1 and (
+                _unfinished(index, text, starts[last - 1], ends[last - 1])
+                or SAYS_OTHERWISE.fullmatch(text, starts[first], ends[last - 1])
+            ):
                 continue
             taken[first:last] = b"\1" * (last - first)
             if index.guarded(text, starts[first], ends[last - 1]):
@@ -151,10 +155,11 @@ class Matcher:
         for first, last, code, alone in coordinated(index, reading, kept):
             if (starts[first], index.concept(code)[0]) in plain:
                 continue
-            if not index.guarded(text, starts[first], ends[last]):
+            begin, end = starts[first], ends[last]
+            if not index.guarded(text, begin, end) and not SAYS_OTHERWISE.fullmatch(text, begin, end):
                 if alone is not None and not nested:
                     absorbed.add((starts[alone], ends[alone]))
-                matches.append(self._made(starts[first], ends[last], code, 0.8))
+                matches.append(self._made(begin, end, code, 0.8))
         if absorbed:
             matches = [match for match in matches if (match.start, match.end) not in absorbed]
         matches += self._abbreviated(text, reading, matches)
@@ -376,7 +381,7 @@ def _unfinished(index: Index, text: str, start: int, end: int) -> bool:
     """Whether a phrase breaks off at an adjective that no name ends with: `absence of retinal` before `pigment`."""
     if text[end : end + 1] != " " or not text[end + 1 : end + 2].isalpha():
         return False
-    return text.endswith(("al", "ar", "ic"), start, end) and light(text[start:end]) not in index.last_words
+    return text.endswith(("al", "ar", "ic"), start, end) and text[start:end].lower() not in index.last_words
 
 
 def _shouted(index: Index, text: str, start: int, end: int) -> bool:
