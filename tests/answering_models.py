@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def write_answering(folder: Path, prompts: Sequence[str] = (), answers: Sequence[int] = (), *, steps: int = 300) -> Path:
+def write_answering(
+    folder: Path, prompts: Sequence[str] = (), answers: Sequence[int] = (), *, steps: int = 300
+) -> Path:
     """Write a Llama-architecture model with the tokenizer of builtin:tiny, trained until it knows the answers.
 
     What it says after other prompts is no more than what it happens to say.

@@ -245,26 +245,36 @@ class CandidateVerifier:
     def ask(self, text: str, mention: Mention, question: Question) -> Answer:
         """Return which candidate the mention means.
 
-        The options are listed in two orders, the second the reverse of the first. A model that goes by the place of
-        an option picks another one then; that, a tie, and a choice that is less probable than `SURE` are undecided.
+        The options are listed in two orders, and none has the same number in both (the reverse of three would leave
+        the second where it is). A model that goes by the place of an option therefore picks another one in the second
+        order; that, a tie, and a choice that is less probable than `SURE` are undecided.
         """
         labels = [*(self._terminology.label(concept_id) for concept_id in question.candidates), _NONE]
-        forward, backward = self._both(prompt(text, mention, labels), prompt(text, mention, labels[::-1]), len(labels))
-        probabilities = ((forward + backward[::-1]) / 2).round(4)
+        order = turned(len(labels))
+        first, second = self._both(
+            prompt(text, mention, labels), prompt(text, mention, [labels[place] for place in order]), len(labels)
+        )
+        second = second[np.argsort(order)]
+        probabilities = ((first + second) / 2).round(4)
         best = int(probabilities.argmax())
-        agreed = all(_clearly(one.round(4), best) for one in (forward, backward[::-1]))
+        agreed = all(_clearly(one.round(4), best) for one in (first, second))
         options = (*question.candidates, None)
         probability = float(probabilities[best])
         return Answer(options[best], probability, agreed and probability >= SURE)
 
-    def _both(self, forward: str, backward: str, size: int) -> list[np.ndarray]:
+    def _both(self, first: str, second: str, size: int) -> list[np.ndarray]:
         """Return the probabilities of the options in either order; each prompt is read alone."""
-        if (forward, backward) not in self._known:
+        if (first, second) not in self._known:
             if len(self._known) >= _CACHED:
                 self._known.clear()
-            scores = score_continuations(self._base, [forward, backward], [_NUMBERS[:size]] * 2)
-            self._known[forward, backward] = [_softmax(row * self._lengths[:size]) for row in scores]
-        return self._known[forward, backward]
+            scores = score_continuations(self._base, [first, second], [_NUMBERS[:size]] * 2)
+            self._known[first, second] = [_softmax(row * self._lengths[:size]) for row in scores]
+        return self._known[first, second]
+
+
+def turned(size: int) -> list[int]:
+    """Return the second order of so many options: each is half a list away from where it was."""
+    return [*range(size // 2, size), *range(size // 2)]
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """`extract --verify`: the whole batch with a verifier, its counts, and that it stays the same bytes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +17,7 @@ from clinical_nlp.errors import RunError
 from clinical_nlp.extraction import extract
 from clinical_nlp.language.mentions import Annotator
 from clinical_nlp.language.terminology.homonyms import Homonyms
-from clinical_nlp.tasks.verifying import VERDICTS, WHYS, prompt, questions
+from clinical_nlp.tasks.verifying import VERDICTS, WHYS, prompt, questions, turned
 
 VOCABULARY = """id,label,synonyms,parents
 T:0,Disorder,,
@@ -53,7 +53,7 @@ def model(vocabulary, tmp_path_factory):
         assert len(found) == (option is not None)
         for place, question in found.items():
             labels = [*map(annotator.terminology.label, question.candidates), "none of these"]
-            for options in (labels, labels[::-1]):
+            for options in (labels, [labels[k] for k in turned(len(labels))]):
                 prompts.append(prompt(text, mentions[place], options))
                 answers.append(option if isinstance(option, int) else options.index(option) + 1)
     return write_answering(tmp_path_factory.mktemp("taught"), prompts, answers)
@@ -124,32 +124,40 @@ def test_verdicts_in_the_output(export, options, tmp_path, capfd):
     assert MARKER not in "".join(capfd.readouterr())
 
 
-def test_any_number_of_workers_gives_the_same_bytes(export, options, tmp_path):
+def test_workers_and_spark_give_the_same_bytes(export, options, tmp_path):
     extract(export, output=tmp_path / "one", **options)
     extract(export, output=tmp_path / "two", workers=2, **options)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    pytest.importorskip("pyspark")
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("needs Java")
+    extract(export, output=tmp_path / "spark", engine="spark", **options)
+    assert tree(tmp_path / "one") == tree(tmp_path / "spark")
 
 
 KILL = """
-import json, sys
-sys.path[:0] = sys.argv[1].split()
-from killing import arm
+import json, os, signal, sys
 from clinical_nlp.extraction import extract
-export, output, options, point = sys.argv[2:]
-arm(int(point))
+export, output, options, moment, shard = sys.argv[1:]
+replace, name = os.replace, f"{int(shard):06d}.json"
+def replacing(source, target):
+    if moment == "before" and str(target).endswith(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+    if moment == "after" and str(target).endswith(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replacing
 extract(export, output=output, **json.loads(options))
 """
 
 
-@pytest.mark.parametrize("point", [12, 25])
-def test_killed_and_resumed_it_is_the_same_bytes(export, options, tmp_path, point):
-    here = Path(__file__).parent
-    words = [f"{here} {here.parent}", export, tmp_path / "out", json.dumps(options), point]
+@pytest.mark.parametrize(("moment", "shard", "committed"), [("after", 0, 1), ("before", 2, 2)])
+def test_killed_and_resumed_it_is_the_same_bytes(export, options, tmp_path, moment, shard, committed):
+    words = [export, tmp_path / "out", json.dumps(options), moment, shard]
     done = subprocess.run([sys.executable, "-c", KILL, *map(str, words)], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert not (tmp_path / "out" / "manifest.json").exists()
     result = extract(export, output=tmp_path / "out", resume=True, **options)
-    assert 0 < result.shards_reused < result.shards
+    assert (result.shards_reused, result.shards) == (committed, 3)
     assert result.verified["asked"] == 4
     extract(export, output=tmp_path / "whole", **options)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

@@ -32,6 +32,7 @@ from clinical_nlp.tasks.verifying import (
     prompt,
     questions,
     settle,
+    turned,
 )
 
 VOCABULARY = """id,label,synonyms,parents
@@ -203,13 +204,24 @@ def test_an_answer_is_the_same_in_any_company(untaught, annotator, terminology):
     assert together == [first.ask(*case) for case in cases]
 
 
+BY_PLACE = ("ASD.", "Known ASD.", "An ASD, she says.")
+"""Of these the model names the first option whatever it says, the second, and the third."""
+
+
+@pytest.mark.parametrize("size", range(2, CANDIDATES + 2))
+def test_no_option_keeps_its_number_in_the_second_order(size):
+    order = turned(size)
+    assert sorted(order) == list(range(size))
+    assert all(order[place] != place for place in range(size))
+
+
 def teach(folder, annotator, wanted):
     """A model that knows which option to name: {text: label of the option, or the number to name in either order}."""
     prompts, answers = [], []
     for text, label in wanted.items():
         _, mention, question = mention_of(annotator, text)
         labels = [*(annotator.terminology.label(i) for i in question.candidates), "none of these"]
-        for options in (labels, labels[::-1]):
+        for options in (labels, [labels[k] for k in turned(len(labels))]):
             prompts.append(prompt(text, mention, options))
             answers.append(label if isinstance(label, int) else options.index(label) + 1)
     return write_answering(folder, prompts, answers)
@@ -224,7 +236,7 @@ def taught(tmp_path_factory, annotator, terminology):
             "The echo shows an ASD.": "Atrial septal defect",
             "ASD, speaks little.": "Autism spectrum disorder",
             "The ASD form was sent.": "none of these",
-            "ASD.": 1,
+            **dict(zip(BY_PLACE, (1, 2, 3), strict=True)),
         },
     )
     return CandidateVerifier.load(str(folder), terminology)
@@ -236,7 +248,7 @@ def taught(tmp_path_factory, annotator, terminology):
         ("The echo shows an ASD.", "kept", "T:1"),
         ("ASD, speaks little.", "changed", "T:2"),
         ("The ASD form was sent.", "none", None),
-        ("ASD.", "undecided", "T:1"),  # always the first option: another one in the other order
+        *((text, "undecided", "T:1") for text in BY_PLACE),
     ],
 )
 def test_verdicts(taught, annotator, terminology, text, verdict, concept):
