@@ -130,6 +130,18 @@ _NUMBER, _YEAR = "@number", "@year"  # what a number or a year stands as in a cu
 _STOPPED = re.compile(r"(?<!\bdr)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)[.!?]\s", re.IGNORECASE)
 _OR = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
 _CONTINUES = re.compile(r"\b(?:or|nor)\s+(?:any\s+)?$", re.IGNORECASE)
+_PARTED = re.compile(
+    r"[,;:]|\b(?:with|but)\b|\bor\b.*\band\b|\band\s+(?:an?|the|there|some|mild|moderate|severe|small|large)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What a denial does not reach over to something that is said to be there."""
+_WITH = re.compile(r"\W*with\b", re.IGNORECASE)
+_OTHER_TEST = re.compile(
+    r"\b(?:and|but|with)\b.*\b(?:scans?|tests?|cultures?|biops(?:y|ies)|panels?|screen(?:ing)?|serolog(?:y|ies)|stud(?:y|ies)"
+    r"|ultrasound|x-?rays?|MRI|CT|cytology|exam(?:ination)?)\s*$",
+    re.IGNORECASE | re.DOTALL,
+)
+"""A test of its own between the finding and what was negative."""
 _OPENERS = frozenset(
     ("no", "denies", "without", "old", "prior", "previous", "remote", "resolved", "possible", "probable", "suspected",
      "presumed", "questionable", "likely")
@@ -145,7 +157,7 @@ _LIST_HEAD = re.compile(r":[,\s]*(?:\(?1[.)]|[-*•])[ \t]*\w")
 
 class _Rule(NamedTuple):
     kind: str  # cue, pseudo or end
-    axis: str  # empty: all axes (of an end)
+    axis: str  # empty: all axes (of an end), none (of a pseudo cue that hides an end)
     value: str
     direction: str
     scope: int
@@ -497,7 +509,11 @@ def _decide(
                 # `gout, cramps with walking`: what brings one item on says nothing about the item before.
                 timed = rule.axis == "temporality" and (cue.start > 0 and _TIMED.match(text, cue.start) is not None)
                 other = (timed or rule.value == "conditional") and "," in between.rstrip(" ,")
-                if not headed and not other and _reaches(text, end, cue.start, rule.scope, ""):
+                elsewhere = rule.value == "absent" and (
+                    _OTHER_TEST.search(between) is not None
+                    or (_WITH.match(between) is not None and text[cue.start : cue.start + 5].lower() == "ruled")
+                )  # `the last scan was negative`, `pain with MI ruled out`
+                if not headed and not other and not elsewhere and _reaches(text, end, cue.start, rule.scope, ""):
                     after[rule.axis] = cue
             elif rule.value != _PLAIN[rule.axis]:
                 closed.add(rule.axis)
@@ -541,7 +557,9 @@ def _stronger(text: str, forward: _Cue, backward: _Cue, start: int, end: int) ->
         return backward
     nearer = backward.start - end < start - forward.end
     listed = _CONTINUES.search(text, forward.end, start) or _OR.search(text, end, backward.start)
-    if backward.rule.value == "present" and nearer and not listed:
+    # `no large effusion identified` is one phrase; what a comma or `and` parts from the denial may be there.
+    apart = _PARTED.search(text, forward.end, start) is not None
+    if backward.rule.value == "present" and nearer and apart and not listed:
         return backward
     gain = _STRENGTH.get(backward.rule.value, 0) - _STRENGTH.get(forward.rule.value, 0)
     return backward if gain > 0 else forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -123,6 +123,8 @@ class Annotator:
         asserted = assert_spans(text, [(f[0], f[1]) for f in found], sections=sections, sentences=sentences)
         mentions = []
         for (start, end, concept_id, label, score, lane), said in zip(found, asserted, strict=True):
+            if lane in ("dictionary", "both"):
+                said = _without_its_name(said, text, start)
             section = sections[bisect_right(starts, start) - 1]
             category = section.category if section.named else None
             sentence = sentences[bisect_right(begins, start) - 1]
@@ -134,6 +136,14 @@ class Annotator:
 
 def _annotator(name: str, measurements: bool) -> Annotator:
     return Annotator(name, measurements=measurements)
+
+
+def _without_its_name(said: Assertion, text: str, start: int) -> Assertion:
+    """Return the assertion without a denial that is part of the name: `no appetite` is there."""
+    if said.presence != "absent" or text[start : start + 3].lower() != "no ":
+        return said
+    cues = tuple(cue for cue in said.cues if not cue[1] <= start < cue[2])
+    return said if cues == said.cues else replace(said, presence="present", cues=cues)
 
 
 def _in_header(section: Section, start: int, end: int) -> bool:
