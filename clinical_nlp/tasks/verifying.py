@@ -163,7 +163,7 @@ def prompt(text: str, mention: Mention, labels: Sequence[str]) -> str:
     before, marked, after = (" ".join(part.replace("<", " ").replace(">", " ").split()) for part in parts)
     left = " " if before and text[mention.start - 1].isspace() else ""
     right = " " if after and text[mention.end].isspace() else ""
-    sentence = f"{before}{left}<<{marked}>>{right}{after}"
+    sentence = f"{before}{left}<<{marked}>>{right}{after}".encode("utf-8", "replace").decode()  # lone surrogates
     options = "\n".join(f"{number}. {' '.join(label.split())[:_LABEL]}" for number, label in enumerate(labels, start=1))
     return _ASK.format(sentence=sentence, options=options)
 
