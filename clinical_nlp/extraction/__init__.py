@@ -387,10 +387,13 @@ def _verified(records: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _verified_line(counts: Mapping[str, int]) -> str:
-    *reasons, kept, changed, none, undecided, invalid = (f"{count} {name}" for name, count in counts.items())
-    return (
-        f"verified: {', '.join(reasons)}; {kept}, {changed}, {none} (concept withdrawn), {undecided} and {invalid} "
-        "(left as they were)"
+    from clinical_nlp.tasks.verifying import VERDICTS, WHYS
+
+    meaning = {"none": " (concept withdrawn)", "undecided": " (left as it was)", "invalid": " (left as it was)"}
+    reasons = [f"{counts[why]} {why}" for why in WHYS if counts[why]]
+    verdicts = [f"{counts[verdict]} {verdict}{meaning.get(verdict, '')}" for verdict in VERDICTS if counts[verdict]]
+    return f"verified: {counts['asked']} mentions asked about" + "".join(
+        f"{sign} {', '.join(parts)}" for sign, parts in ((",", reasons), (":", verdicts)) if parts
     )
 
 

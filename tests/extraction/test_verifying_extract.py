@@ -88,9 +88,14 @@ def test_verdicts_in_the_output(export, options, tmp_path, capfd):
         "ambiguous": 4,
         **dict.fromkeys(("kept", "changed", "none", "undecided"), 1),
     }
-    assert "verified: 4 asked" in str(result)
-    assert "1 none (concept withdrawn)" in str(result)
+    assert (
+        "verified: 4 mentions asked about, 4 ambiguous: 1 kept, 1 changed, 1 none (concept withdrawn), "
+        "1 undecided (left as it was)"
+    ) in str(result).splitlines()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["verified"] == result.verified
+    again = extract(export, output=tmp_path / "out", resume=True, **options)  # read from the manifest
+    assert again.verified == result.verified
+    assert str(again) == str(result)
     rows = pq.read_table(tmp_path / "out" / "mentions").to_pylist()
     found = {(r["note_id"], r["text"]): (r["concept_id"], r["verified"] and r["verified"]["verdict"]) for r in rows}
     assert found == {
@@ -195,5 +200,5 @@ def test_a_dapt_run_verifies(export, options, tmp_path, capsys):
     code = cli.main([*words, "--verify", str(run), "--output", str(tmp_path / "out")])
     told = capsys.readouterr()
     assert code == 0, told.err
-    assert "verified: 4 asked" in told.out
+    assert "verified: 4 mentions asked about" in told.out
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["verify"]
