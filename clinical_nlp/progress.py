@@ -70,13 +70,16 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            self._line(note)
+            self._line(note, going=True)
 
-    def _line(self, note: str) -> None:
+    def _line(self, note: str, *, going: bool = False) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
         of = f"/{self._total}" if self._total else ""
         rate = (self._done - self._before) / seconds
-        say(f"{self._title}: {self._done}{of} {self._unit}  {rate:.1f}/s  {note}".rstrip())
+        left = ""
+        if going and self._total and self._before < self._done < self._total:
+            left = f"{_spell((self._total - self._done) / rate)} left  "
+        say(f"{self._title}: {self._done}{of} {self._unit}  {rate:.1f}/s  {left}{note}".rstrip())
 
     def close(self, last: str = "done") -> None:
         """End the bar, or print the last line."""
@@ -86,6 +89,13 @@ class Progress:
             self._bar = None
         elif last == "done" or self._done > self._before:
             self._line(last)
+
+
+def _spell(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "under a minute"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 @contextmanager

@@ -22,6 +22,16 @@ def test_lines_elsewhere_show_count_total_and_figures(capsys: pytest.CaptureFixt
     assert lines[-1].endswith("done")
 
 
+def test_a_line_says_how_long_it_will_take(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 60.0, 60.0, 120.0, 120.0, 240.0])
+    monkeypatch.setattr("clinical_nlp.progress.time.monotonic", lambda: next(seconds))
+    with progress("read", 400, unit="notes", every=0, done=100) as bar:
+        bar.advance(100)  # 100 in a minute, 200 to go
+        bar.advance(199)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("/s")[1].strip() for line in lines] == ["2 min left", "under a minute left", "done"]
+
+
 def test_lines_are_rare(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("read", every=60) as bar:
         for _ in range(1000):

@@ -196,7 +196,7 @@ def _batch(
     from clinical_nlp.extraction.shards import finished
     from clinical_nlp.language.terminology import load_terminology
     from clinical_nlp.language.terminology.hpo import ROOT
-    from clinical_nlp.notes.readers import input_files, read_notes, read_patients
+    from clinical_nlp.notes.readers import expected_records, input_files, read_notes, read_patients
     from clinical_nlp.progress import progress, say
     from clinical_nlp.runs import Run
 
@@ -244,7 +244,7 @@ def _batch(
         staged = outputs_written(output) is None
         done: dict[int, dict[str, Any]] = {}
         n_new = 0
-        with progress("extract", unit="notes") as bar:
+        with progress("extract", expected_records(source, layout), unit="notes") as bar:
 
             def remaining() -> Iterator[Shard]:
                 stream = read_notes(source, format=layout, options=options)

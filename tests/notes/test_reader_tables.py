@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clinical_nlp.errors import InputError, UsageError
-from clinical_nlp.notes.readers import ReadOptions, input_files, read_notes, read_patients
+from clinical_nlp.notes.readers import ReadOptions, expected_records, input_files, read_notes, read_patients
 from clinical_nlp.notes.readers import rows as reader_rows
 from clinical_nlp.notes.readers.dates import parse_date, parse_time
 from clinical_nlp.notes.schema import Note, Rejected, Skipped
@@ -406,3 +406,15 @@ def test_no_date_raises(value):
     found = parse_time(value)
     assert found is None or found.tzinfo is UTC
     parse_date(value)
+
+
+def test_a_table_in_parquet_tells_how_many_records_to_expect(tmp_path):
+    rows = {"note_id": ["1", "2"], "patient_id": ["a", "b"], "institution": ["h", "h"], "text": ["x", "y"]}
+    pq.write_table(pa.table(rows), tmp_path / "one.parquet")
+    pq.write_table(pa.table({**rows, "note_id": ["3", "4"]}), tmp_path / "two.parquet")
+    pq.write_table(pa.table({"patient_id": ["a"]}), tmp_path / "patients.parquet")
+    assert expected_records(tmp_path, "table") == 4 == len(list(read_notes(tmp_path, format="table")))
+    (tmp_path / "two.parquet").write_bytes(b"no parquet")
+    assert expected_records(tmp_path, "table") is None
+    (tmp_path / "three.csv").write_text("note_id,patient_id,institution,text\n")
+    assert expected_records(tmp_path, "table") is None
