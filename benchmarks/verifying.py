@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from clinical_nlp.language.terminology import load_terminology
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.statistics.intervals import Estimate, patient_bootstrap
 from clinical_nlp.tasks.verifying import VERDICTS, WHYS
+
+Rows = tuple[dict[str, Any], ...]
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
     )
 
 
-def _extracted(extractor: Extractor, texts: dict[str, str]) -> tuple[dict[str, Sequence[dict[str, Any]]], float]:
+def _extracted(extractor: Extractor, texts: dict[str, str]) -> tuple[dict[str, Rows], float]:
     began = time.process_time()
     rows = {name: extractor.annotate([Note(name, name, "corpus", text, name)])[0].rows for name, text in texts.items()}
     return rows, time.process_time() - began
@@ -75,7 +76,7 @@ def _row(
     link: Path,
     texts: dict[str, str],
     gold: dict[str, set[str]],
-    lanes: dict[str, Sequence[dict[str, Any]]],
+    lanes: dict[str, Rows],
     seconds_of_lanes: float,
 ) -> dict[str, Any]:
     found, seconds = _extracted(Extractor("hpo_wide", str(link), verify=verifier), texts)
@@ -131,7 +132,7 @@ def _right(concept_id: str | None, gold: set[str], answerable: bool) -> bool:
     return concept_id in gold if concept_id is not None else not answerable
 
 
-def _against(rows: Sequence[dict[str, Any]], gold: set[str]) -> tuple[int, int, int]:
+def _against(rows: Rows, gold: set[str]) -> tuple[int, int, int]:
     found = {row["concept_id"] for row in rows} - {None}
     return len(found & gold), len(found - gold), len(gold - found)
 
