@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clinical_nlp.errors import UsageError
-from clinical_nlp.language.terminology.abbreviations import Sense, chosen, definitions, occurrences
+from clinical_nlp.language.terminology.abbreviations import Sense, chosen, definitions, in_any_case, occurrences
 from clinical_nlp.language.terminology.concepts import Terminology
 from clinical_nlp.language.terminology.coordination import coordinated
 from clinical_nlp.language.terminology.index import (
@@ -197,7 +197,8 @@ class Matcher:
             form = text[start:end]
             if form in defined or form[:-1] in defined:
                 continue
-            if reach[bisect_left(begins, end)] <= start and not _shouted(self._index, text, start, end):
+            plain = "/" in form or in_any_case(form)
+            if reach[bisect_left(begins, end)] <= start and (plain or not _shouted(self._index, text, start, end)):
                 code = chosen(text, start, end, senses, written)
                 if code is not None:
                     found.append(self._made(start, end, code, 1.0))
@@ -256,6 +257,8 @@ class Matcher:
         meant = abbreviations.get(surface)
         if meant is None and len(surface) > 3 and surface.endswith("s"):
             meant = abbreviations.get(surface[:-1])
+        if meant is None and surface[1:].islower() and in_any_case(surface):
+            meant = abbreviations.get(surface.upper())
         senses = None if meant is None else (len(surface), meant)
         lower = surface.lower()
         if lower in FREE and surface != "A":
