@@ -24,8 +24,8 @@ _STOP = re.compile(r"[.;:!?](?=\s)|\n")
 
 
 _NO_WORDS = frozenset(
-    ("ADHD", "AFIB", "AKI", "CAD", "COPD", "ESRD", "GERD", "IDDM", "NIDDM", "NSTEMI", "OSA", "SBO", "SOB", "STEMI",
-     "TIA", "UGIB", "UTI")
+    ("ADHD", "AFIB", "AKI", "CAD", "COPD", "ESRD", "GERD", "IDDM", "NAFLD", "NIDDM", "NSTEMI", "OSA", "PNA", "SBO",
+     "SLE", "SOB", "STEMI", "TIA", "UGIB", "UTI")
 )  # fmt: skip
 _VOWELS = frozenset("AEIOUY")
 
@@ -33,7 +33,7 @@ _VOWELS = frozenset("AEIOUY")
 def in_any_case(form: str) -> bool:
     """Whether a short form is one in capitals or not, since it is no word: `htn`, `DVT` in a line of capitals."""
     upper = form.upper()
-    return upper in _NO_WORDS or (len(form) > 2 and form.isalpha() and form.isascii() and _VOWELS.isdisjoint(upper))
+    return upper in _NO_WORDS or (len(form) > 2 and form.isalnum() and form.isascii() and _VOWELS.isdisjoint(upper))
 
 
 @dataclass(frozen=True, slots=True)

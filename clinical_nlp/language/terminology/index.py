@@ -88,6 +88,11 @@ class Index:
         return {concept_id: number for number, concept_id in enumerate(self.ids)}
 
     @cached_property
+    def absent(self) -> int | None:
+        """The number of the word."""
+        return self.vocabulary.get(root("absent"))
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over everything that the index holds, the same in every process."""
         whole = hashlib.sha256()

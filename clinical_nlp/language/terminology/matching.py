@@ -133,7 +133,11 @@ class Matcher:
         taken = bytearray(len(ids))
         matches: list[Match] = []
         kept: list[tuple[int, int]] = []
-        for size, first, last, code, factor in sorted(found, key=lambda f: (-f[0], f[2] - f[1], f[1], f[3])):
+        # `absent liver enlargement` denies an enlargement: of two hits of a size the one without `absent` comes first.
+        absent = index.absent
+        for size, first, last, code, factor in sorted(
+            found, key=lambda f: (-f[0], ids[f[1]] == absent, f[2] - f[1], f[1], f[3])
+        ):
             inside = any(taken[first:last])
             if inside and not nested:
                 continue
