@@ -93,7 +93,6 @@ def _with_end(
 ) -> tuple[int, int, int] | None:
     """Complete the last words before `stop` with words of the conjunct [other, end), all but its first."""
     ids = reading.ids
-    bare = all(reading.gaps[k] != CONJUNCTION for k in range(stop, other + 1))
     for first in range(max(start, stop - _LONGEST), stop):
         held = owner.get(stop - 1)
         if held is not None and held[1] - held[0] > 1 and first >= held[0]:
@@ -106,7 +105,9 @@ def _with_end(
                 continue
             for last in range(min(end, head + _LONGEST), head, -1):
                 code = index.ordered([*ids[first:stop], *ids[head:last]])
-                if code is not None and not (bare and index.follows(code)):
+                if code is not None and (
+                    not index.follows(code) or any(reading.gaps[k] == CONJUNCTION for k in range(stop, other + 1))
+                ):
                     return first, last - 1, code
     return None
 
