@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,14 @@ from clinical_nlp.progress import is_main_process, say
 from clinical_nlp.recipes.ner import digest, n_processes
 from clinical_nlp.runs import Run
 from clinical_nlp.tasks.generation import Draft, Verify
-from clinical_nlp.tasks.preferences import KINDS, ErrorKind, plant_error
+from clinical_nlp.tasks.preferences import (
+    KINDS,
+    ErrorKind,
+    Preference,
+    carry_errors,
+    mirrored,
+    plant_error,
+)
 from clinical_nlp.tasks.report import (
     INSTRUCTIONS,
     Pair,
@@ -59,7 +66,7 @@ class PreferenceConfig(Config):
     """Prefer texts over the same texts with a clinical error (DPO)."""
 
     pairs: int = Field(default=1000, ge=0)
-    """References with an error planted that are learned from; each kind is planted alike often."""
+    """References with an error planted that are learned from; each kind is planted alike often. 0: only `own`."""
     candidates: int = Field(default=1, ge=1)
     """Errors planted for each that is kept: those that the model itself finds likeliest, beside the reference."""
     tokens: Literal["differing", "all"] = "all"
@@ -69,7 +76,8 @@ class PreferenceConfig(Config):
     """Which errors: negation, side, number, finding_added, finding_dropped, finding_swapped; default all."""
     own: int = Field(default=0, ge=0)
     """Sources for which the model itself writes, those of the development part first, which it did not learn from, then
-    those of the training part; what it writes with a clinical error is rejected too."""
+    those of the training part. What it turns round is planted in their references, each alone, and each such pair has a
+    mirror image, in which the two findings change names in source and texts; `errors` and `candidates` do not apply."""
     beta: float = Field(default=0.3, gt=0)
     """How dearly the model pays for moving away from what it was."""
     sft_weight: float = Field(default=1.0, ge=0)
@@ -234,6 +242,8 @@ def check(config: ReportConfig) -> None:
             f"objective {config.objective.name!r} goes with learning to write; preference compares two texts of one "
             "source, which institutions have in common"
         )
+    if config.preference is not None and not (config.preference.pairs or config.preference.own):
+        raise ConfigError("preference has nothing to learn from: set pairs (planted errors) or own (the model's own)")
     check_objective(config.objective, config.strategy, task="report", processes=n_processes())
     if config.training.patience is not None:
         raise ConfigError("training.patience needs a score on a development part, which report does not have")
@@ -333,38 +343,53 @@ def preferences(
 
     rng = np.random.default_rng(config.seed)
     training = [data.pairs[row] for row in data.split.train]
-    chosen: dict[tuple[str, str], tuple[Pair, str, str]] = {}  # rejected text and kind of error
+    found: dict[Preference, str] = {}  # and the kind of error
     order = rng.permutation(len(training))
     vocabulary = stated_findings([training[int(place)].target for place in order[:500]])
     for place, kind in enumerate(interleaved(rng, preference.errors, preference.pairs * preference.candidates)):
         pair = training[int(order[place % len(order)])]
-        if (found := planted(pair, kind, preference.errors, rng, vocabulary)) is not None:
-            chosen.setdefault((pair.pair_id, found[0]), (pair, *found))
+        if (error := planted(pair, kind, preference.errors, rng, vocabulary)) is not None:
+            found.setdefault(Preference(pair.source, pair.target, error[0]), f"planted_{error[1]}")
     if preference.own:
         unseen = [data.pairs[row] for row in rng.permutation(data.split.development)]
         mine = [*unseen, *(training[int(row)] for row in rng.permutation(len(training)))][: preference.own]
-        for pair, draft in zip(mine, write_all(config, base, task, mine), strict=True):
-            if draft is not None and has_error(draft, pair):
-                chosen[pair.pair_id, draft.text] = (pair, draft.text, "own")
-    items = list(chosen.values())
-    encoded = task.encode_sources([pair.source for pair, *_ in items], base.tokenizer)
+        found |= dict.fromkeys(own_errors(mine, write_all(config, base, task, mine)), "own_errors")
+    items = list(found)
+    # Sources were made to fit for the run that is tuned; a mirror image may be longer and is then left out.
+    fitted = replace(task, too_long="leave_out") if task.too_long == "error" else task
+    encoded = fitted.encode_sources([item.source for item in items], base.tokenizer)
     kept = [(item, prompt) for item, prompt in zip(items, encoded.prompts, strict=True) if prompt is not None]
     found_rows = preference_rows(
-        task, [prompt for _, prompt in kept], [item[0].target for item, _ in kept],
-        [item[1] for item, _ in kept], base.tokenizer, differing=preference.tokens == "differing",
+        task, [prompt for _, prompt in kept], [item.chosen for item, _ in kept], [item.rejected for item, _ in kept],
+        base.tokenizer, differing=preference.tokens == "differing",
     )  # fmt: skip
-    kinds = [item[2] for (item, _), row in zip(kept, found_rows, strict=True) if row is not None]
+    kinds = [found[item] for (item, _), row in zip(kept, found_rows, strict=True) if row is not None]
     rows = [row for row in found_rows if row is not None]
     if not rows:
-        raise InputError("preference: no error could be planted in the training reports, which hold no clinical fact")
+        raise InputError(
+            f"preference: nothing to learn from; no error could be planted in {preference.pairs} training reports, "
+            f"and the model turned no finding round in {preference.own} drafts"
+        )
     rows = with_reference(base.network, rows, pad_token_id=task.pad_token_id)
-    own = [place for place, kind in enumerate(kinds) if kind == "own"]
-    made = [place for place, kind in enumerate(kinds) if kind != "own"]
+    own = [place for place, kind in enumerate(kinds) if not kind.startswith("planted_")]
+    made = [place for place, kind in enumerate(kinds) if kind.startswith("planted_")]
     if preference.candidates > 1:
         made.sort(key=lambda place: rows[place]["ref_chosen_logps"] - rows[place]["ref_rejected_logps"])
     learned = [*made[: preference.pairs], *own]
-    counts = Counter("own_errors" if kinds[place] == "own" else f"planted_{kinds[place]}" for place in learned)
+    counts = Counter(kinds[place] for place in learned)
     return Dataset.from_list([rows[place] for place in learned]), {"preference_pairs": len(learned), **counts}
+
+
+def own_errors(pairs: Sequence[Pair], written: Sequence[Draft | None]) -> list[Preference]:
+    """Return references beside the same with what the model turned round in its drafts, and their mirror images."""
+    found: dict[Preference, None] = {}
+    for pair, draft in zip(pairs, written, strict=True):
+        for error in [] if draft is None else carry_errors(draft.text, pair.target, pair.source):
+            one = Preference(pair.source, pair.target, error.text)
+            # Alone it would teach to write that finding less, wherever.
+            if (image := mirrored(one, error.names)) is not None:
+                found |= dict.fromkeys((one, image))
+    return list(found)
 
 
 def planted(
@@ -393,14 +418,6 @@ def write_all(config: ReportConfig, base: Any, task: ReportTask, pairs: Sequence
     """Draft for training sources, unverified; None where a source does not fit."""
     reporter = Reporter(base.network, base.tokenizer, task, verify="none")
     return reporter([pair.source for pair in pairs], batch_size=config.generation_batch)
-
-
-def has_error(draft: Draft, pair: Pair) -> bool:
-    """Say whether a draft states what its source does not, or something otherwise than the reference."""
-    from clinical_nlp.tasks.faithfulness import compare_facts
-
-    found = compare_facts(draft.text, pair.target, source=pair.source)
-    return bool(found.unsupported or found.flipped or found.flipped_source or found.numbers or found.sides)
 
 
 def score(

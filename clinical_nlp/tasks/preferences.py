@@ -1,13 +1,13 @@
-"""Planting one clinical error in a text: the rejected side of a preference pair, or a test of a metric.
+"""Texts that differ in one clinical fact: what a model learns to prefer, or a test of a metric.
 
-Each kind of error changes one fact and leaves the rest of the text as it was, so that a model that learns to prefer the
-original learns the fact and not a style.
+An error is planted in what an expert wrote: a common one, or one that the model made itself. It changes one fact and
+leaves the rest of the text as it was, so that a model that learns to prefer the original learns the fact and no style.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -17,7 +17,7 @@ import numpy as np
 from clinical_nlp.errors import UsageError
 from clinical_nlp.language.facts import Fact, read_facts
 from clinical_nlp.language.sentences import find_sentences
-from clinical_nlp.tasks.faithfulness import compare_facts
+from clinical_nlp.tasks.faithfulness import FactComparison, compare_facts
 
 ErrorKind = Literal["negation", "side", "number", "finding_added", "finding_dropped", "finding_swapped"]
 KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
@@ -105,6 +105,12 @@ def _cased(new: str, old: str) -> str:
     if old.isupper() and len(old) > 1:
         return new.upper()
     return new[:1].upper() + new[1:] if old[:1].isupper() else new
+
+
+def _in_its_place(new: str, old: str) -> str:
+    """Write words as they are written in the place of others."""
+    new = " ".join(new.split())
+    return _cased(new if new[:2].isupper() else new[:1].lower() + new[1:], old)
 
 
 # -- negation --------------------------------------------------------------------------------------------------------
@@ -257,8 +263,7 @@ def _swap(
         others = [words for words in others or _not_known(vocabulary, known) if copied(words) == copied(old)]
         if not others or sum(other.name == fact.name for other in facts) > 1:
             continue
-        new = " ".join(others[int(rng.integers(len(others)))].split())
-        new = _cased(new if new[:2].isupper() else new[:1].lower() + new[1:], old)
+        new = _in_its_place(others[int(rng.integers(len(others)))], old)
         planted = _replaced(text, fact.start, fact.end, new, "finding_swapped", fact)
         # Chest pain is pain, and no error where that was stated.
         if compare_facts(planted.text, text, source=source).errors:
@@ -296,3 +301,116 @@ def _sentence(text: str, fact: Fact) -> tuple[int, int]:
 _PLANTS: dict[str, Callable[[str, Sequence[Fact], Fact, np.random.Generator], Planted | None]] = {
     "negation": _negate, "side": _turn, "number": _alter, "finding_dropped": _drop,
 }  # fmt: skip
+
+
+# -- errors of a model carried over ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A reference that states what a draft turned round. [start, end) is what changed in `text`.
+
+    `names` are those of the fact that is wrong now, and of the fact whose place it took.
+    """
+
+    text: str
+    start: int
+    end: int
+    names: tuple[str, str]
+
+
+def carry_errors(draft: str, reference: str, source: str) -> list[Carried]:
+    """Plant what a draft turned round in its reference, each alone.
+
+    What the draft states as present or as absent, and the reference or the source otherwise, takes the place of what
+    it was written for: the nearest fact of its kind, as present or absent as the wrong one, that the draft has left
+    out. Such an error is one that the model is known to make, and the words around it are those of an expert.
+
+    Parameters
+    ----------
+    draft : what a model wrote.
+    reference : what an expert wrote; all but one fact of it stays as it is, byte for byte.
+    source : what both were written from.
+
+    Returns
+    -------
+    One text for each finding, drug or procedure turned round that has such a place.
+    """
+    found = compare_facts(draft, reference, source=source)
+    if not (found.flipped or found.flipped_source):
+        return []
+    stated = {(fact.name, fact.presence) for fact in read_facts(draft)}
+    left_out = [
+        fact for fact in read_facts(reference) if _of_the_patient(fact) and (fact.name, fact.presence) not in stated
+    ]
+    carried: dict[str, Carried] = {}
+    for wrong, _ in (*found.flipped, *found.flipped_source):
+        alike = [fact for fact in left_out if (fact.kind, fact.presence) == (wrong.kind, wrong.presence)]
+        if not alike or wrong.kind == "phrase" or wrong.presence == "uncertain" or not _of_the_patient(wrong):
+            continue
+        right = min(alike, key=lambda fact: abs(fact.start - wrong.start))
+        new = _in_its_place(draft[wrong.start : wrong.end], reference[right.start : right.end])
+        text = reference[: right.start] + new + reference[right.end :]
+        if _n_wrong(compare_facts(text, reference, source=source)):
+            carried.setdefault(text, Carried(text, right.start, right.start + len(new), (wrong.name, right.name)))
+    return list(carried.values())
+
+
+def _n_wrong(found: FactComparison) -> int:
+    """Count what a text says falsely; what it leaves out or says beyond the reference is no error of this kind."""
+    return sum(map(len, (found.flipped, found.flipped_source, found.unsupported, found.numbers, found.sides)))
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A source, and two texts for it that differ in one fact."""
+
+    source: str
+    chosen: str
+    rejected: str
+
+
+def mirrored(preference: Preference, names: tuple[str, str]) -> Preference | None:
+    """Let two findings change names throughout, so that what was wrong of each is right, and the other way round.
+
+    A model that learned from the one preference alone could do so without reading: by writing the rejected finding
+    less, wherever. Beside its mirror image that gains nothing, and what is left to learn is what the source says.
+
+    Parameters
+    ----------
+    names : of the two findings (`Fact.name`), each written as the texts write it; a text that does not name it takes
+        the words of another of the three.
+
+    Returns
+    -------
+    Preference, or None where the findings share words, or the new rejected text is no worse than the new chosen one.
+    """
+    texts = (preference.source, preference.chosen, preference.rejected)
+    words = [{name: _words_for(text, name) for name in names} for text in texts]
+    known = {name: next((own[name] for own in reversed(words) if own[name]), None) for name in names}
+    turned: list[str] = []
+    for text, own in zip(texts, words, strict=True):
+        new = {name: own[other] or known[other] for name, other in (names, names[::-1])}
+        if None in new.values() or (text_now := _renamed(text, new)) is None:
+            return None
+        turned.append(text_now)
+    source, chosen, rejected = turned
+    right, wrong = (_n_wrong(compare_facts(text, source=source)) for text in (chosen, rejected))
+    return Preference(source, chosen, rejected) if right < wrong else None
+
+
+def _words_for(text: str, name: str) -> str | None:
+    found = (" ".join(text[fact.start : fact.end].split()) for fact in read_facts(text) if fact.name == name)
+    return next(found, None)
+
+
+def _renamed(text: str, words: Mapping[str, str | None]) -> str | None:
+    """Write other words for every mention of some concepts; None where mentions overlap."""
+    parts, position = [], 0
+    for fact in sorted((fact for fact in read_facts(text) if fact.name in words), key=lambda fact: fact.start):
+        if fact.start < position:
+            return None
+        new = words[fact.name] or ""
+        parts += [text[position : fact.start], _in_its_place(new, text[fact.start : fact.end])]
+        position = fact.end
+    return "".join([*parts, text[position:]])

@@ -12,7 +12,9 @@ from clinical_nlp.config import load_config
 from clinical_nlp.errors import ConfigError, InputError
 from clinical_nlp.recipes import report
 from clinical_nlp.tasks.faithfulness import COUNTS
-from clinical_nlp.tasks.report import load_reporter
+from clinical_nlp.tasks.generation import Draft
+from clinical_nlp.tasks.preferences import Preference
+from clinical_nlp.tasks.report import Pair, load_reporter
 
 CORPUS = {"institutions": 1, "patients": 60}
 SYSTEMS = ("test", "baseline_copy_longest", "baseline_nearest", "baseline_zero_shot")
@@ -137,8 +139,24 @@ def test_preferences_are_tuned_from_a_report_run_on_the_same_patients(tmp_path, 
 
     with pytest.raises(ConfigError, match="seed differs from that of run"):
         write(tmp_path / "seed", decoder, **tuned, seed=1)
+    with pytest.raises(InputError, match="turned no finding round in 2 drafts"):
+        write(tmp_path / "blank", decoder, **{"base_model": str(made.path), "preference.pairs": 0, "preference.own": 2})
+    with pytest.raises(ConfigError, match="nothing to learn from: set pairs"):
+        write(tmp_path / "empty", decoder, **{"base_model": str(made.path), "preference.pairs": 0})
     with pytest.raises(ConfigError, match="is none; run report without preference first"):
         write(tmp_path / "no", decoder, **{"preference.pairs": 3})
+
+
+def test_what_a_model_turned_round_is_rejected_with_its_mirror_image():
+    pair = Pair("1", "p1", "h", "Moderate hydronephrosis. No renal stone.", "Hydronephrosis.\nNo renal stone.")
+    right = Draft("Hydronephrosis.\nNo renal stone.", stopped=True, tokens=8)
+    turned = Draft("Hydronephrosis, as seen.\nNo hydronephrosis.", stopped=True, tokens=8)
+    assert report.own_errors([pair, pair], [right, None]) == []
+    one, image = report.own_errors([pair, pair], [turned, turned])
+    assert one == Preference(pair.source, pair.target, "Hydronephrosis.\nNo hydronephrosis.")
+    assert image == Preference(
+        "Moderate renal stone. No hydronephrosis.", "Renal stone.\nNo hydronephrosis.", "Renal stone.\nNo renal stone."
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ from planted_pairs import texts
 from clinical_nlp.errors import UsageError
 from clinical_nlp.language.facts import read_facts
 from clinical_nlp.tasks.faithfulness import compare_facts
-from clinical_nlp.tasks.preferences import KINDS, VOCABULARY, plant_error
+from clinical_nlp.tasks.preferences import (
+    KINDS,
+    VOCABULARY,
+    Preference,
+    carry_errors,
+    mirrored,
+    plant_error,
+)
 
 NAMED = {"negation": "flipped", "side": "sides", "number": "numbers", "finding_added": "added",
          "finding_dropped": "dropped"}  # fmt: skip
@@ -118,3 +125,57 @@ def test_findings_are_swapped_with_those_that_the_source_states_otherwise():
         "No effusion.",
         "No gallstones.",
     }
+
+
+@pytest.mark.parametrize(
+    ("draft", "reference", "source", "carried"),
+    [
+        ("Fever. No fever.", "Fever. No cough.", "Fever. No cough.", ["Fever. No fever."]),
+        ("Cough. No fever.", "Fever, as before. No cough.", "Fever. No cough.",
+         ["Cough, as before. No cough.", "Fever, as before. No fever."]),
+        ("Fever. No pneumonia.", "Cough.\nPneumonia.\nNo fever.", "Cough. Pneumonia. No fever.",
+         ["Fever.\nPneumonia.\nNo fever.", "Cough.\nPneumonia.\nNo pneumonia."]),
+    ],
+)  # fmt: skip
+def test_what_a_draft_turned_round_is_planted_in_its_reference(draft, reference, source, carried):
+    found = carry_errors(draft, reference, source)
+    assert sorted(each.text for each in found) == sorted(carried)
+    for each in found:
+        assert reference.startswith(each.text[: each.start])
+        assert reference.endswith(each.text[each.end :])
+        wrong, right = each.names
+        assert wrong in {fact.name for fact in read_facts(each.text[each.start : each.end])}
+        assert right in {fact.name for fact in read_facts(reference)}
+        assert compare_facts(each.text, reference, source=source).flipped_source
+
+
+@pytest.mark.parametrize(
+    ("draft", "reference", "source"),
+    [
+        ("Fever. No cough.", "Fever. No cough.", "Fever. No cough."),
+        ("No cough.", "Fever. No cough.", "Fever. No cough."),  # left out, and nothing false
+        ("Pneumonia. No cough.", "Fever. No cough.", "Fever. No cough."),  # invented, and nothing turned round
+        ("Fever.", "No fever.", "No fever."),  # the reference has nothing that is present
+        ("", "Fever.", "Fever."),
+    ],
+)
+def test_drafts_of_which_nothing_can_be_carried_over(draft, reference, source):
+    assert carry_errors(draft, reference, source) == []
+
+
+def test_in_the_mirror_what_was_wrong_is_right():
+    one = Preference("Moderate hydronephrosis. No renal stone.", "Hydronephrosis. No kidney stone.",
+                     "Hydronephrosis. No hydronephrosis.")  # fmt: skip
+    (wrong,), (right,) = ({fact.name for fact in read_facts(term)} for term in ("hydronephrosis", "renal stone"))
+    other = mirrored(one, (wrong, right))
+    assert other.source == "Moderate renal stone. No hydronephrosis."
+    assert other.chosen == "Kidney stone. No hydronephrosis."
+    assert other.rejected in ("Kidney stone. No kidney stone.", "Renal stone. No renal stone.")
+    assert compare_facts(other.chosen, source=other.source).errors == ()
+    assert mirrored(mirrored(one, (wrong, right)), (wrong, right)).source == one.source
+
+
+def test_names_that_no_text_has_have_no_mirror_image():
+    one = Preference("Fever.", "Fever.", "No fever.")
+    (fever,), (cough,) = ({fact.name for fact in read_facts(term)} for term in ("fever", "cough"))
+    assert mirrored(one, (cough, fever)) is None
