@@ -106,9 +106,11 @@ def main() -> None:
     order = np.random.default_rng(5).permutation(len(written))
     known = {written[int(place)] for place in order[: options.chosen_on]}
     rows: list[dict[str, Any]] = []
+    runs: dict[str, Run] = {}
     for arm in options.arms:
         settings = {"base_model": str(first.path), "scored_notes": options.scored_notes, **ARMS[arm]}
         run = finished(options.work / arm, common | settings)
+        runs[arm] = run
         rows.append(
             {
                 "arm": arm,
@@ -117,6 +119,8 @@ def main() -> None:
                 **reported(run, known, options.seed),
             }
         )
+        if (tuned := arm.removesuffix("_control")) != arm and tuned in runs:
+            rows[-1] |= against(runs[tuned], run, known, options.seed)
         print(arm, *(f"{name} {rows[-1][f'change.{name}']['value']:+.4f}" for name in KEPT), flush=True)
         result = {
             "benchmark": "preference",
@@ -132,22 +136,33 @@ def main() -> None:
 
 def reported(run: Run, left_out: set[str], seed: int) -> dict[str, Any]:
     """Return the scores before and after and their changes, without the patients on whom settings were chosen."""
-    sides = {}
-    for system, prefix in (("before", "before."), ("test", "after.")):
-        rows = pq.read_table(run.path / SCORES, filters=[("system", "=", system)]).to_pylist()
-        rows = [row for row in rows if row["patient_id"] not in left_out]
-        columns = ([f"facts_{name}" for name in COUNTS], ROUGE, SECTIONS)
-        sides[prefix] = Measured(*(np.array([[row[name] for name in names] for row in rows]) for names in columns))
-    patients = [row["patient_id"] for row in rows]
+    before, patients = measured(run, "before", left_out)
+    after, _ = measured(run, "test", left_out)
     common: dict[str, Any] = {"part": "test", "seed": seed}
-    found = changes(sides["before."], sides["after."], patients, **common)
-    for prefix, side in sides.items():
+    found = changes(before, after, patients, **common)
+    for prefix, side in (("before.", before), ("after.", after)):
         found |= estimates(side, patients, prefix=prefix, **common)
     return {
         f"{when}.{name}": finite(asdict(found[f"{when}.{name}"]))
         for when in ("before", "after", "change")
         for name in KEPT
     }
+
+
+def against(run: Run, control: Run, left_out: set[str], seed: int) -> dict[str, Any]:
+    """Return the scores of a run minus those of its control, on the same notes."""
+    without, patients = measured(control, "test", left_out)
+    found = changes(without, measured(run, "test", left_out)[0], patients, part="test", seed=seed)
+    return {f"against_control.{name}": finite(asdict(found[f"change.{name}"])) for name in KEPT}
+
+
+def measured(run: Run, system: str, left_out: set[str]) -> tuple[Measured, list[str]]:
+    """Return what the scores of a run are made of, and the patient of each note."""
+    rows = pq.read_table(run.path / SCORES, filters=[("system", "=", system)]).to_pylist()
+    rows = [row for row in rows if row["patient_id"] not in left_out]
+    columns = ([f"facts_{name}" for name in COUNTS], ROUGE, SECTIONS)
+    parts = (np.array([[row[name] for name in names] for row in rows]) for names in columns)
+    return Measured(*parts), [row["patient_id"] for row in rows]
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
