@@ -205,3 +205,13 @@ def test_time_is_linear_in_long_lists(matcher):
 
     seconds(100)
     assert seconds(16_000) < 12 * max(seconds(4_000), 0.02)
+
+
+def test_a_vocabulary_of_ones_own_says_what_it_says(tmp_path):
+    """What guards HPO's names (`small finger` is a digit) takes nothing from a user's vocabulary."""
+    table = tmp_path / "own.csv"
+    table.write_text("id,label,synonyms,parents\nX:1,small finger,pile,\nX:2,small joints of the hand,,\n", "utf-8")
+    text = "The small finger, a pile, the small joints of the hand."
+    found = Matcher(load_terminology(str(table))).match(text)
+    assert [text[m.start : m.end] for m in found] == ["small finger", "pile", "small joints of the hand"]
+    assert Matcher(load_terminology("hpo")).match(text) == []

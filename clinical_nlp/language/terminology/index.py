@@ -167,7 +167,9 @@ class Index:
         """Index the names of `ids`, those that follow from them, and for HPO those of `additions_hpo.csv`."""
         numbered = tuple(sorted(ids))
         number_of = {concept_id: number for number, concept_id in enumerate(numbered)}
-        guards = {row["form"].lower(): (_parts(row["near"]), _parts(row["only"])) for row in _rows("guards.csv")}
+        guards = {}
+        if terminology.name in ("hpo", "icd10cm"):  # a vocabulary of one's own says what it says
+            guards = {row["form"].lower(): (_parts(row["near"]), _parts(row["only"])) for row in _rows("guards.csv")}
         names = [
             (i, name, SCOPES.index(name.scope))
             for i in numbered

@@ -143,7 +143,7 @@ class Matcher:
                 continue
             if size > 1 and (
                 _unfinished(index, text, starts[last - 1], ends[last - 1])
-                or SAYS_OTHERWISE.fullmatch(text, starts[first], ends[last - 1])
+                or (index.guards and SAYS_OTHERWISE.fullmatch(text, starts[first], ends[last - 1]))
             ):
                 continue
             taken[first:last] = b"\1" * (last - first)
@@ -160,7 +160,8 @@ class Matcher:
             if (starts[first], index.concept(code)[0]) in plain:
                 continue
             begin, end = starts[first], ends[last]
-            if not index.guarded(text, begin, end) and not SAYS_OTHERWISE.fullmatch(text, begin, end):
+            otherwise = index.guards and SAYS_OTHERWISE.fullmatch(text, begin, end)
+            if not otherwise and not index.guarded(text, begin, end):
                 if alone is not None and not nested:
                     absorbed.add((starts[alone], ends[alone]))
                 matches.append(self._made(begin, end, code, 0.8))
