@@ -72,6 +72,13 @@ class Progress:
             self._last = now
             self._line(note, going=True)
 
+    def already(self, count: int) -> None:
+        """Count units that an earlier process had done: they say nothing about how fast this one is."""
+        self._done += count
+        self._before += count
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count)
+
     def _line(self, note: str, *, going: bool = False) -> None:
         seconds = max(time.monotonic() - self._began, 1e-9)
         of = f"/{self._total}" if self._total else ""

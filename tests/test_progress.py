@@ -32,6 +32,17 @@ def test_a_line_says_how_long_it_will_take(capsys: pytest.CaptureFixture[str], m
     assert [line.split("/s")[1].strip() for line in lines] == ["2 min left", "under a minute left", "done"]
 
 
+def test_what_was_done_already_does_not_count_as_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([0.0, 60.0, 60.0, 60.0])
+    monkeypatch.setattr("clinical_nlp.progress.time.monotonic", lambda: next(seconds))
+    with progress("read", 1000, unit="notes", every=0) as bar:
+        bar.already(800)
+        bar.advance(20)  # in a minute, 180 to go
+    assert capsys.readouterr().err.splitlines()[0] == "read: 820/1000 notes  0.3/s  9 min left"
+
+
 def test_lines_are_rare(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("read", every=60) as bar:
         for _ in range(1000):

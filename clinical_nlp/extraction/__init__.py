@@ -254,7 +254,7 @@ def _batch(
                         yield shard if previous is None else previous.with_known(shard)
                     else:
                         done[shard.index] = record
-                        bar.advance(record["records"])
+                        bar.already(record["records"])
 
             try:
                 for record in _process(config, remaining(), output, session, apart):
