@@ -50,6 +50,7 @@ SAYS_OTHERWISE = re.compile(
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 """Words of a name in a phrase that says something else."""
+_STOP = re.compile(r"[.;!?](?=[\s,]|$)")
 _MASK = 2**62 - 1
 
 ADJACENT, PASSED, FREE_WORD, COPULA, WEAK_WORD, LIST, CONJUNCTION, HARD = range(8)
@@ -157,10 +158,11 @@ class Index:
         if guard is None:
             return False
         near, only = guard
-        around = f"{text[max(0, start - 40) : start]}~{text[end : end + 40]}".lower()
-        if only:
-            return not any(word in around for word in only)
-        return not near or any(word in around for word in near)
+        before, after = text[max(0, start - 40) : start].lower(), text[end : end + 40].lower()
+        if only:  # in the company of its kind, which a list may part by full stops
+            return not any(word in f"{before}~{after}" for word in only)
+        phrase = f"{_STOP.split(before)[-1]}~{_STOP.split(after)[0]}"
+        return not near or any(word in phrase for word in near)
 
     @classmethod
     def build(cls, terminology: Terminology, ids: Iterable[str]) -> Index:
