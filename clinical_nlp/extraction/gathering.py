@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time
 from itertools import groupby, islice
@@ -103,7 +103,7 @@ class Gatherer:
         ------
         RunError : a mention came with another patient than its own.
         """
-        mentions = iter(pa.ipc.open_stream(found.mentions).read_all().to_pylist())
+        mentions = _rows(pa.ipc.open_stream(found.mentions).read_all())
         rows: list[dict[str, Any]] = []
         lines: dict[str, list[str]] = {name: [] for name in RESOURCES}
         packets = []
@@ -148,6 +148,15 @@ class Gatherer:
                 created_by=SYSTEM,
             )
         )
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Return what `to_pylist` does; each date is made once, since that is what takes its time."""
+    columns = {name: table[name].to_pylist() for name in table.column_names if name != "written_at"}
+    dates = table["written_at"].combine_chunks().dictionary_encode()
+    known = [*dates.dictionary.to_pylist(), None]
+    columns["written_at"] = [known[place] for place in dates.indices.fill_null(len(known) - 1).to_pylist()]
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 def _feature(row: Mapping[str, Any]) -> Feature:

@@ -46,6 +46,8 @@ from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.notes.schema import Assertion
 
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’/][^\W\d_]+)*|\d+(?:[.,]\d+)*|[^\w\s]")
+_SPLIT = re.compile(f"({_TOKEN.pattern})")
+_MEMO_LIMIT = 100_000
 _AXES = ("presence", "temporality", "modality", "experiencer")
 _PLAIN = {"presence": "present", "temporality": "current", "modality": "actual", "experiencer": "patient"}
 _STRENGTH = {"absent": 2, "uncertain": 1}
@@ -222,6 +224,30 @@ def _by_kind(rule: _Rule) -> bool:
     return rule.kind != "pseudo"
 
 
+class _Read(dict[str, str]):
+    """What each token counts as in a cue phrase: numbers and years are one word each, slips of typing are mended."""
+
+    def __missing__(self, token: str) -> str:
+        word = _slips().get(token, token)
+        if word[0].isdecimal():
+            word = _YEAR if len(word) == 4 and word[:2] in ("19", "20") else _NUMBER
+        if len(self) < _MEMO_LIMIT:
+            self[token] = word
+        return word
+
+
+@lru_cache(maxsize=1)
+def _read() -> _Read:
+    return _Read()
+
+
+@lru_cache(maxsize=1)
+def _first_words() -> frozenset[str]:
+    """The words that a cue phrase may begin with."""
+    root = _trie()
+    return frozenset(root) | frozenset(root.get(_ANCHOR, {}))
+
+
 @lru_cache(maxsize=1)
 def _slips() -> dict[str, str]:
     """The words of cues, of six letters or more, by what they look like with two letters exchanged in typing."""
@@ -353,13 +379,10 @@ def _assertion(chosen: dict[str, tuple[str, int, int]], section: Section, header
 
 def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> list[_Cue]:
     """Return the cues of one sentence in order, pseudo cues and cues inside a span taken out."""
-    tokens = list(_TOKEN.finditer(_folded(text[begin:stop])))
-    words = [token.group() for token in tokens]
-    slips = _slips()
-    words = [slips.get(word, word) for word in words]
-    for number in [at for at, word in enumerate(words) if word[0].isdecimal()]:
-        word = words[number]
-        words[number] = _YEAR if len(word) == 4 and word[:2] in ("19", "20") else _NUMBER
+    parts = _SPLIT.split(_folded(text[begin:stop]))  # what stands between tokens, and tokens, in turn
+    edges = list(accumulate(map(len, parts), initial=begin))
+    token_starts, token_ends = edges[1::2], edges[2::2]
+    words = list(map(_read().__getitem__, parts[1::2]))
     root = _trie()
     anchored = root.get(_ANCHOR, {})
     ordered = sorted(spans)
@@ -370,7 +393,8 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     reached: dict[str, int] = {}
     covered = 0
     hidden: dict[str, int] = {}
-    for at in [at for at, word in enumerate(words) if word in root or word in anchored]:
+    first_words = _first_words()
+    for at in [at for at, word in enumerate(words) if word in first_words]:
         node = root.get(words[at])
         opening = anchored.get(words[at]) if at == 0 or words[at - 1] in _SENTENCE_STARTS else None
         if node is None and opening is None:
@@ -382,7 +406,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
             while branch is not None:
                 for key, rules in branch.get("", {}).items():
                     if (key not in longest or look >= longest[key][0]) and not (
-                        rules[0].kind == "pseudo" and _enters(span_starts, begin, tokens[at], tokens[look - 1])
+                        rules[0].kind == "pseudo" and _enters(span_starts, token_starts[at], token_starts[look - 1])
                     ):
                         longest[key] = (look, rules)
                 branch = branch.get(words[look]) if look < count else None
@@ -402,7 +426,7 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
             covered = max(covered, last)
             if at < hidden.get(key, 0) and rules[0].kind != "pseudo":
                 continue
-            start, end = begin + tokens[at].start(), begin + tokens[last - 1].end()
+            start, end = token_starts[at], token_ends[last - 1]
             place = bisect_right(span_starts, start) - 1
             # A cue inside a span is part of its name, unless a longer span opens with it.
             if place >= 0 and furthest[place] >= end:
@@ -426,10 +450,10 @@ def _cues(text: str, begin: int, stop: int, spans: list[tuple[int, int]]) -> lis
     return found
 
 
-def _enters(span_starts: list[int], begin: int, first: re.Match[str], last: re.Match[str]) -> bool:
-    """Whether words from `first` to `last` reach into a span: `without complications` denies complications."""
-    place = bisect_right(span_starts, begin + last.start()) - 1
-    return place >= 0 and span_starts[place] > begin + first.start()
+def _enters(span_starts: list[int], first: int, last: int) -> bool:
+    """Whether words that begin at `first` to `last` reach into a span: `without complications` denies complications."""
+    place = bisect_right(span_starts, last) - 1
+    return place >= 0 and span_starts[place] > first
 
 
 def _folded(text: str) -> str:

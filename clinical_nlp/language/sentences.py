@@ -140,8 +140,8 @@ def _split_unit(text: str, start: int, end: int, spans: list[tuple[int, int]]) -
 def _ends(text: str, cursor: int, dot: int, stop: int, end: int) -> bool:
     """Whether the full stop at `dot` ends a sentence, and not an abbreviation, an initial or an item number."""
     begin = dot
-    while begin > cursor and not text[begin - 1].isspace():
-        begin -= 1
+    if dot > cursor and not text[dot - 1].isspace():
+        begin -= len(text[max(cursor, dot - 50) : dot].rsplit(None, 1)[-1])  # no longer word matters
     word = text[begin:dot].strip("(\"'[").lower()
     while stop < end and (text[stop].isspace() or text[stop] == ","):
         stop += 1

@@ -77,6 +77,11 @@ class Terminology:
                 children.setdefault(parent, []).append(concept_id)
         return children
 
+    @cached_property
+    def _above(self) -> dict[str, frozenset[str]]:
+        """The ancestors that were asked for."""
+        return {}
+
     def label(self, concept_id: str) -> str:
         """Return the preferred name. Raises KeyError for an id that is not live: `resolve` it first."""
         return self.concepts[concept_id].names[0].text
@@ -99,7 +104,10 @@ class Terminology:
 
     def ancestors(self, concept_id: str) -> frozenset[str]:
         """Return every id above, without the concept itself."""
-        return self._closure(concept_id, lambda i: self.concepts[i].parents)
+        found = self._above.get(concept_id)
+        if found is None:
+            found = self._above[concept_id] = self._closure(concept_id, lambda i: self.concepts[i].parents)
+        return found
 
     def descendants(self, concept_id: str) -> frozenset[str]:
         """Return every id below, without the concept itself."""

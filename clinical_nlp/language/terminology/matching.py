@@ -68,11 +68,11 @@ class Reading(NamedTuple):
     `gaps[k]` says what stands between words k - 1 and k; `passed` holds the words that an inserted phrase may skip.
     """
 
-    ids: list[int]
-    singles: list[int | None]
-    starts: list[int]
-    ends: list[int]
-    gaps: list[int]
+    ids: tuple[int, ...]
+    singles: tuple[int | None, ...]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    gaps: tuple[int, ...]
     passed: list[int]
     short: list[tuple[int, int, list[Sense]]]
 
@@ -215,11 +215,7 @@ class Matcher:
     # Reading the text
 
     def _read(self, text: str) -> Reading:
-        ids: list[int] = []
-        singles: list[int | None] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        gaps: list[int] = []
+        words: list[tuple[int, int | None, int, int, int]] = []  # a number, what it names, where it stands, the gap
         passed: list[int] = []
         short: list[tuple[int, int, list[Sense]]] = []
         memo = self._memo
@@ -232,25 +228,22 @@ class Matcher:
             if piece is _NOTHING:
                 gap = HARD
                 continue
-            after, words, senses = piece
+            after, meant, senses = piece
             if space != " " and space:
                 gap = max(gap, _over(space, text[start]))
             if senses is not None:
                 short.append((start, start + senses[0], senses[1]))
-            if not words:
+            if not meant:
                 if after > gap:
                     gap = after
                 continue
-            for number, begin, end, single, skippable in words:
+            for number, begin, end, single, skippable in meant:
                 if skippable:
-                    passed.append(len(ids))
-                ids.append(number)
-                singles.append(single)
-                starts.append(start + begin)
-                ends.append(start + end)
-                gaps.append(gap)
+                    passed.append(len(words))
+                words.append((number, single, start + begin, start + end, gap))
                 gap = ADJACENT
             gap = after
+        ids, singles, starts, ends, gaps = zip(*words, strict=True) if words else ((),) * 5
         return Reading(ids, singles, starts, ends, gaps, passed, short)
 
     def _piece(self, surface: str) -> _Piece:
@@ -309,11 +302,11 @@ class Matcher:
         values, partners, bags = index.values, index.partners, index.bags
         n = len(ids)
         found += [(1, k, k + 1, code, 1.0) for k, code in enumerate(reading.singles) if code is not None]
-        for first in range(n - 1):
-            word, last = ids[first], first + 1
-            others = partners[word]
-            if gaps[last] == HARD or ids[last] not in others:
+        for first, (word, following, gap) in enumerate(zip(ids, ids[1:], gaps[1:], strict=False)):
+            if gap == HARD or following not in partners[word]:
                 continue
+            others = partners[word]
+            last = first + 1
             total = values[word]
             worst = free = 0
             stop = min(n, first + MAX_WORDS)

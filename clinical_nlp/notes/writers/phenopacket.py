@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
+
+import pydantic_core
 
 from clinical_nlp.notes.schema import Patient
 
@@ -18,7 +19,6 @@ EVIDENCE_CODE = {"id": "ECO:0007669", "label": "computational evidence used in a
 _ECO_VERSION = "2024-07-19"
 _SEX = {"male": "MALE", "female": "FEMALE", "other": "OTHER_SEX", "unknown": "UNKNOWN_SEX"}
 _LONGEST_NAME = 180
-_ENCODER = json.JSONEncoder(ensure_ascii=False)  # indented it would take ten times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def phenopacket(
 
 def to_json(packet: dict[str, Any]) -> bytes:
     """Render a phenopacket; the same packet gives the same bytes."""
-    return (_ENCODER.encode(packet) + "\n").encode("utf-8")
+    return pydantic_core.to_json(packet) + b"\n"
 
 
 def file_name(packet_id: str) -> str:
