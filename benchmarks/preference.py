@@ -71,6 +71,9 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=14_000, help="of one institution; about 40 %% have a pair")
     parser.add_argument("--test", type=float, default=0.45, help="share of the patients that is held out")
     parser.add_argument(
+        "--development", type=float, default=0.05, help="share that SFT does not see, and whose drafts come first"
+    )
+    parser.add_argument(
         "--epochs", type=float, default=1.5, help="of SFT; the longer it learns, the less is left to gain"
     )
     parser.add_argument("--scored-notes", type=int, help="of the held-out patients; default all")
@@ -83,7 +86,7 @@ def main() -> None:
     common = {
         "corpus.options": {"institutions": 1, "patients": options.patients, "covariate": 1.0,
                            "notes_per_patient": [4, 8], "seed": options.seed},
-        "split": {"name": "random", "development": 0.05, "test": options.test},
+        "split": {"name": "random", "development": options.development, "test": options.test},
         "strategy.name": "full",
         "training.batch_size": 16,
         "training.precision": "bf16",
