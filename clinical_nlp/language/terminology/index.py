@@ -50,6 +50,7 @@ SAYS_OTHERWISE = re.compile(
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 """Words of a name in a phrase that says something else."""
+_INVERTED = re.compile(r"([A-Za-z -]+), (?!in |at |with|present |not |on )([A-Za-z-]+(?: [A-Za-z-]+){0,2})")
 _STOP = re.compile(r"[.;!?](?=[\s,]|$)")
 _MASK = 2**62 - 1
 
@@ -82,6 +83,8 @@ class Index:
     singles: dict[int, list[tuple[str, int]]]
     abbreviations: dict[str, list[Sense]]
     guards: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    spared: frozenset[str]
+    """Names that would count as words in a phrase that says something else: `developmental cataract`."""
 
     @cached_property
     def codes(self) -> dict[str, int]:
@@ -103,7 +106,7 @@ class Index:
             whole.update(repr(sorted(table.items())).encode())
         for numbers in (*self.partners, self.attributes, self.negations, self.numerals):
             whole.update(repr(sorted(numbers)).encode())
-        for words in (self.last_words, self.long_words):
+        for words in (self.last_words, self.long_words, self.spared):
             whole.update(repr(sorted(words)).encode())
         return whole.hexdigest()
 
@@ -144,6 +147,14 @@ class Index:
             if code is not None:
                 return code, 0.9
         return None
+
+    def says_otherwise(self, text: str, start: int, end: int) -> bool:
+        """Whether the words of a name stand at [start, end) in a phrase that says something else."""
+        return (
+            bool(self.guards)
+            and SAYS_OTHERWISE.fullmatch(text, start, end) is not None
+            and _spelled(text[start:end]) not in self.spared
+        )
 
     def literal(self, text: str, code: int) -> int:
         """Return the concept that has `text` as its own name, where several have the same words, or `code`."""
@@ -198,29 +209,38 @@ class Index:
         literals: dict[tuple[str, ...], dict[str, int]] = {}
         last_words: set[str] = set()
         long_words: set[str] = set()
+        spared: set[str] = set()
+        entries: list[
+            tuple[bool, bool, int, str, str, str]
+        ] = []  # what follows last, what had a bracket after what not
         for concept_id, name, rank in sorted(names, key=lambda n: (n[2], n[0], n[1].text)):
             text = name.text
             if guards.get(text.lower()) == ((), ()):
                 continue
-            code = number_of[concept_id] << 4 | rank << 1
             if _is_abbreviation(name):
                 if text.isalnum() and text not in contextual:
+                    code = number_of[concept_id] << 4 | rank << 1
                     abbreviations.setdefault(text, [Sense(code, declared=True)])
                 continue
+            if rank < _VARIED and guards and SAYS_OTHERWISE.fullmatch(text):
+                spared.add(_spelled(text))
             for variant in dict.fromkeys((text, _OPTIONAL.sub("", text))):
-                for words, only in _name_words(variant):
-                    if words and len(words) <= MAX_WORDS and any(len(word) > 1 for word in words):
-                        bag, joined = tuple(sorted(words)), _JOINED.search(variant) is not None
-                        if rank == 0:
-                            labels.setdefault(bag, code)
-                        elif rank == 1 and bag in labels and (numbered[labels[bag] >> 4], _spelled(text)) in spelled:
-                            code = labels[bag] | rank << 1  # two concepts have the name: the label decides
-                        if rank < _VARIED:
-                            literals.setdefault(bag, {}).setdefault(_spelled(variant), code)
-                        bags.setdefault(bag, {}).setdefault((words, only, joined, (concept_id, text) in fixed), code)
-                long_words.update(w for p in _WORD.findall(variant) if (w := light(p)).endswith(FIELD) and w.isalpha())
-                if rank < _VARIED and (ending := _WORD.findall(variant)):
-                    last_words.add(light(ending[-1]))
+                entries.append((rank == _VARIED, variant != text, rank, concept_id, text, variant))
+        for _, _, rank, concept_id, text, variant in sorted(entries):
+            code = number_of[concept_id] << 4 | rank << 1
+            for words, only in _name_words(variant):
+                if words and len(words) <= MAX_WORDS and any(len(word) > 1 for word in words):
+                    bag, joined = tuple(sorted(words)), _JOINED.search(variant) is not None
+                    if rank == 0:
+                        labels.setdefault(bag, code)
+                    elif rank == 1 and bag in labels and (numbered[labels[bag] >> 4], _spelled(text)) in spelled:
+                        code = labels[bag] | rank << 1  # two concepts have the name: the label decides
+                    if rank < _VARIED:
+                        literals.setdefault(bag, {}).setdefault(_spelled(variant), code)
+                    bags.setdefault(bag, {}).setdefault((words, only, joined, (concept_id, text) in fixed), code)
+            long_words.update(w for p in _WORD.findall(variant) if (w := light(p)).endswith(FIELD) and w.isalpha())
+            if rank < _VARIED and (ending := _WORD.findall(variant)):
+                last_words.add(light(ending[-1]))
         attributes = {root(row["form"]) for row in _rows("attributes.csv")}
         told_apart = {
             spelled: code
@@ -228,7 +248,9 @@ class Index:
             if len({code >> 4 for code in forms.values()}) > 1
             for spelled, code in forms.items()
         }
-        return cls._packed(numbered, bags, told_apart, attributes, last_words, long_words, abbreviations, guards)
+        return cls._packed(
+            numbered, bags, told_apart, attributes, last_words, long_words, abbreviations, guards, frozenset(spared)
+        )
 
     @classmethod
     def _packed(
@@ -241,6 +263,7 @@ class Index:
         long_words: set[str],
         abbreviations: dict[str, list[Sense]],
         guards: dict[str, tuple[tuple[str, ...], tuple[str, ...]]],
+        spared: frozenset[str],
     ) -> Index:
         vocabulary = {word: number for number, word in enumerate(sorted({word for bag in bags for word in bag}))}
         values = [
@@ -278,6 +301,7 @@ class Index:
             singles,
             abbreviations,
             guards,
+            spared,
         )
 
 
@@ -290,7 +314,9 @@ def _spelled(text: str) -> str:
 
 
 def _turned(name: Name) -> Name | None:
-    """Return `cochlear hypoplasia` for `hypoplasia of the cochlea`."""
+    """Return `cochlea hypoplasia` for `hypoplasia of the cochlea`, `neonatal macrosomia` for `macrosomia, neonatal`."""
+    if (inverted := _INVERTED.fullmatch(name.text)) is not None:
+        return Name(f"{inverted[2]} {inverted[1]}", name.scope)
     head, of, part = name.text.partition(" of ")
     if not of or not part or " or " in name.text or " and " in name.text or "," in name.text:
         return None

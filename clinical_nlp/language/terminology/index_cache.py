@@ -21,7 +21,7 @@ from clinical_nlp.language.terminology.index import Index
 from clinical_nlp.runs import write_atomic
 
 _KEPT = 8
-_SETS = ("attributes", "negations", "numerals", "last_words", "long_words")
+_SETS = ("attributes", "negations", "numerals", "last_words", "long_words", "spared")
 _TABLES = ("vocabulary", "bags", "orders", "literals")
 
 

@@ -29,7 +29,6 @@ from clinical_nlp.language.terminology.index import (
     LIST,
     MAX_WORDS,
     PASSED,
-    SAYS_OTHERWISE,
     WEAK_WORD,
     Index,
 )
@@ -143,7 +142,7 @@ class Matcher:
                 continue
             if size > 1 and (
                 _unfinished(index, text, starts[last - 1], ends[last - 1])
-                or (index.guards and SAYS_OTHERWISE.fullmatch(text, starts[first], ends[last - 1]))
+                or index.says_otherwise(text, starts[first], ends[last - 1])
             ):
                 continue
             taken[first:last] = b"\1" * (last - first)
@@ -160,8 +159,7 @@ class Matcher:
             if (starts[first], index.concept(code)[0]) in plain:
                 continue
             begin, end = starts[first], ends[last]
-            otherwise = index.guards and SAYS_OTHERWISE.fullmatch(text, begin, end)
-            if not otherwise and not index.guarded(text, begin, end):
+            if not index.says_otherwise(text, begin, end) and not index.guarded(text, begin, end):
                 if alone is not None and not nested:
                     absorbed.add((starts[alone], ends[alone]))
                 matches.append(self._made(begin, end, code, 0.8))
