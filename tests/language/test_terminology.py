@@ -1,7 +1,11 @@
+import csv
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -214,6 +218,35 @@ def test_icd10cm():
     matcher = Matcher(terminology)
     assert [m.concept_id for m in matcher.match("type 2 diabetes mellitus without complications")] == ["E11.9"]
     assert [m.concept_id for m in matcher.match("typhoid meningitis")] == ["A01.01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [
+        ("PMH: HTN, HLD, DM2, CAD s/p NSTEMI, COPD.", ["I10", "E78.5", "E11.9", "I25.10", "I21.4", "J44.9"]),
+        ("Hypertension and high cholesterol; breast cancer.", ["I10", "E78.00", "C50.919"]),
+        ("Admitted with urosepsis and acute renal failure.", ["A41.9", "N17"]),
+        ("HIV, on treatment; DNR.", ["B20", "Z66"]),  # blocks of one code
+        ("PE: lungs clear, hepatojugular reflux absent.", []),
+        ("PE on CT, started heparin.", ["I26.99"]),
+    ],
+)
+def test_icd10cm_knows_what_clinicians_write(text, codes):
+    assert [m.concept_id for m in Matcher(load_terminology("icd10cm")).match(text)] == codes
+
+
+@pytest.mark.parametrize("name", ["hpo_wide", "icd10cm"])
+def test_every_added_name_leads_to_a_concept_that_is_looked_for(name):
+    terminology = load_terminology(name)
+    folder = Path(inspect.getfile(load_terminology)).parent
+    with (folder / f"additions_{terminology.name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 500
+    lost = [row for row in rows if terminology.resolve(row["concept_id"]) not in terminology.matchable]
+    assert not lost
+    assert {row["kind"] for row in rows} == {"abbreviation", "phrase"}
+    twice = [name for name, count in Counter(row["name"] for row in rows).items() if count > 1]
+    assert not twice
 
 
 def test_wide_hpo_looks_for_inheritance_onset_and_variability():

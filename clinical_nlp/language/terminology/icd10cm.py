@@ -65,10 +65,15 @@ def read_tabular(path: Path) -> Terminology:
         unmatched.add(chapter_id)
         for section in chapter.iter("section"):
             block = section.get("id", "")
-            add(block, [Name(re.sub(r"\s*\([^)]*\)$", "", section.findtext("desc", "").strip()), "label")], chapter_id)
-            unmatched.add(block)
-            for diagnosis in section.findall("diag"):
-                for code, names, parent, seventh in _codes(diagnosis, block, {}):
+            diagnoses = section.findall("diag")
+            above = chapter_id
+            if block not in [node.findtext("name", "").strip() for node in diagnoses]:  # else it is the code
+                label = re.sub(r"\s*\([^)]*\)$", "", section.findtext("desc", "").strip())
+                add(block, [Name(label, "label")], chapter_id)
+                unmatched.add(block)
+                above = block
+            for diagnosis in diagnoses:
+                for code, names, parent, seventh in _codes(diagnosis, above, {}):
                     add(code, names, parent)
                     for character, meaning in seventh.items():
                         full = f"{code if '.' in code else code + '.'}".ljust(7, "X") + character

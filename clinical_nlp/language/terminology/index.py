@@ -177,11 +177,12 @@ class Index:
 
     @classmethod
     def build(cls, terminology: Terminology, ids: Iterable[str]) -> Index:
-        """Index the names of `ids`, those that follow from them, and for HPO those of `additions_hpo.csv`."""
+        """Index the names of `ids`, those that follow from them, and what clinicians call them (`additions_*.csv`)."""
         numbered = tuple(sorted(ids))
         number_of = {concept_id: number for number, concept_id in enumerate(numbered)}
         guards = {}
-        if terminology.name in ("hpo", "icd10cm"):  # a vocabulary of one's own says what it says
+        bundled = terminology.name in ("hpo", "icd10cm")
+        if bundled:  # a vocabulary of one's own says what it says
             guards = {row["form"].lower(): (_parts(row["near"]), _parts(row["only"])) for row in _rows("guards.csv")}
         names = [
             (i, name, SCOPES.index(name.scope))
@@ -189,8 +190,8 @@ class Index:
             for name in terminology.names(i)
             if not (name.text.startswith("bone ") and terminology.label(i).startswith("Fractured"))
         ]  # HPO has lost the first word of these: `(broken) bone tibia`
-        if terminology.name == "hpo":
-            for row in _rows("additions_hpo.csv"):
+        if bundled:
+            for row in _rows(f"additions_{terminology.name}.csv"):
                 concept_id = terminology.resolve(row["concept_id"]) or ""
                 if concept_id in number_of:
                     names.append((concept_id, Name(row["name"], "exact", row["kind"] == "abbreviation"), 1))
@@ -201,7 +202,7 @@ class Index:
                 fixed.add((concept_id, name.text))
         names += [(i, turned, _VARIED) for i, name, _ in names if (turned := _turned(name)) is not None]
         code_of = {concept_id: number << 4 | 1 << 1 for concept_id, number in number_of.items()}
-        abbreviations = read_senses(terminology, code_of) if terminology.name == "hpo" else {}
+        abbreviations = read_senses(terminology, code_of) if bundled else {}
         contextual = frozenset(abbreviations)
         bags: dict[tuple[str, ...], dict[_Order, int]] = {}
         labels: dict[tuple[str, ...], int] = {}
