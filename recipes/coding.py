@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -35,12 +35,12 @@ from clinical_nlp.recipes.ner import digest, held_out_patients, n_processes
 from clinical_nlp.runs import Estimate, Run, write_csv, write_json
 from clinical_nlp.statistics import multilabel
 from clinical_nlp.statistics.calibration import fit_calibration
-from clinical_nlp.tasks import coding
+from clinical_nlp.tasks import coding, naming
 from clinical_nlp.tasks.ner import most_tokens
 from clinical_nlp.training.trainer import TrainingConfig, train
 
-Baseline = Literal["tfidf", "zero_shot", "few_shot"]
-BASELINES: tuple[Baseline, ...] = ("tfidf", "zero_shot", "few_shot")
+Baseline = Literal["tfidf", "zero_shot", "few_shot", "dictionary"]
+BASELINES: tuple[Baseline, ...] = ("tfidf", "zero_shot", "few_shot", "dictionary")
 
 
 class CodesConfig(Config):
@@ -84,11 +84,14 @@ class CodingConfig(RecipeConfig):
     """Tokens the base model sees at once."""
     max_tokens: int = Field(default=6144, ge=16)
     """Tokens of a document that are read; what is cut is counted."""
+    named_codes: bool = True
+    """Add to a code where a note names it (ICD-10-CM only): what a dictionary finds, weighed by how often the code was
+    given to training documents where it was found."""
     accept: float = Field(default=0.8, ge=0, le=1)
     """Proposed codes whose probability is below this go to the review list."""
     baselines: list[Baseline] = Field(default_factory=lambda: list(BASELINES))
     """What is measured beside the model: bag of words with logistic regression; the base model as it is, prompted
-    (an encoder: matched with descriptions) without and with examples."""
+    (an encoder: matched with descriptions) without and with examples; the codes that a note names (ICD-10-CM)."""
     baseline_documents: int = Field(default=50, ge=1)
     """Documents on which prompting is measured, since it is slow."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -206,18 +209,29 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
 
         gold = data.gold(data.held_out)
         columns = data.columns
-        development = scores(model, part="development")
+        development, found = scores(model, part="development"), scores(model)
+        named = naming.NamedCodes()
+        concepts = name_codes(config, data)
+        if config.named_codes and concepts:
+            named = naming.fit_named_codes(
+                codes,
+                (concepts["train"], [data.codes[row] for row in data.train]),
+                (concepts["development"], development[:, : len(codes)], data.gold(data.development)[:, : len(codes)]),
+            )
+            development[:, : len(codes)] += named.gained(concepts["development"], len(codes))
+            found[:, : len(codes)] += named.gained(concepts["held_out"], len(codes))
         threshold = multilabel.choose_threshold(development, data.gold(data.development))
         calibration = fit_calibration(development[:, : len(codes)], data.gold(data.development)[:, : len(codes)])
-        found = scores(model)
         patients = [data.patients[row] for row in data.held_out]
         part, seed = data.split.reported_part, config.seed
         counts = np.array([taught[code] for code in columns])
         run.record(multilabel.score(found, gold, threshold, patients, train_counts=counts, part=part, seed=seed))
         run.record(calibration_error(calibration(found[:, : len(codes)]), gold[:, : len(codes)], patients, part))
-        measured = baselines(config, data, task, untrained) | prompted
+        measured = baselines(config, data, task, untrained, concepts) | prompted
         for absent in sorted({*config.baselines} - measured.keys()):
             why = "this base model cannot be prompted: it is an encoder, or no code has a name"
+            if absent == "dictionary":
+                why = f"there is no dictionary of {config.codes.system}"
             none = Estimate(math.nan, math.nan, math.nan, len(set(patients)), len(patients), part, why)
             run.record({f"test.baseline_{absent}.{key}": none for key in _KEPT})
         for name, (held_out, tuned, rows) in measured.items():
@@ -236,9 +250,10 @@ def run(config: CodingConfig, output: Path, *, resume: bool = False) -> Run:
                 "calibration": {"slope": calibration.slope, "offset": calibration.offset},
                 "threshold": threshold,
                 "accept": config.accept,
+                "named_codes": named.as_json(),
             }
             coding.save(run.path, model, task, base, full=config.strategy.moves_base, **decided)
-            coder = coding.Coder(model, task, base.tokenizer, calibration, threshold, config.accept)
+            coder = coding.Coder(model, task, base.tokenizer, calibration, threshold, config.accept, named)
             summary = write_predictions(run, coder, data, found[:, : len(codes)])
             by_code = multilabel.label_table(found, gold, threshold, patients, part=part, seed=seed)
             write_codes(run, book, data, columns, taught, by_code)
@@ -511,8 +526,20 @@ Scored = tuple[np.ndarray, np.ndarray, list[int]]
 """Scores of held-out documents and of development documents, and which held-out documents (by place) were scored."""
 
 
+def name_codes(config: CodingConfig, data: Coded) -> dict[str, list[frozenset[str]]]:
+    """Return the concepts that the documents of each part name, nothing where nobody asks or no names are known."""
+    if config.codes.system != naming.SYSTEM or not (config.named_codes or "dictionary" in config.baselines):
+        return {}
+    parts = {"train": data.train, "development": data.development, "held_out": data.held_out}
+    return {part: naming.named_concepts([data.texts(row) for row in rows]) for part, rows in parts.items()}
+
+
 def baselines(
-    config: CodingConfig, data: Coded, task: coding.CodingTask, untrained: tuple[np.ndarray, np.ndarray] | None
+    config: CodingConfig,
+    data: Coded,
+    task: coding.CodingTask,
+    untrained: tuple[np.ndarray, np.ndarray] | None,
+    concepts: Mapping[str, Sequence[frozenset[str]]],
 ) -> dict[str, Scored]:
     """Score the baselines that need no prompting."""
     found: dict[str, Scored] = {}
@@ -521,9 +548,22 @@ def baselines(
         say("baseline: bag of words with logistic regression")
         held_out, development = bag_of_words(data, task)
         found["tfidf"] = (held_out, development, everyone)
+    if "dictionary" in config.baselines and concepts:
+        held_out, development = (
+            np.array([[code in named for code in data.columns] for named in rolled_up(config, concepts[part])], float)
+            for part in ("held_out", "development")
+        )
+        found["dictionary"] = (held_out, development, everyone)
     if untrained is not None:
         found["zero_shot"] = (*untrained, everyone)
     return found
+
+
+def rolled_up(config: CodingConfig, concepts: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """Return the concepts at the level of the codes."""
+    if config.codes.level == "code":
+        return list(concepts)
+    return [frozenset(category(concept, config.codes.system) for concept in found) for found in concepts]
 
 
 def bag_of_words(data: Coded, task: coding.CodingTask) -> tuple[np.ndarray, np.ndarray]:

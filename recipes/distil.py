@@ -165,7 +165,7 @@ def distil_coding(config: DistilConfig, run: Run, resume: bool) -> None:
     if config.unlabelled is not None:
         raise ConfigError("unlabelled is for ner teachers; a coding student reads the training patients of corpus")
     documents = [data.texts(row) for row in data.train]
-    logits = recalled(run, lambda: {"logits": teacher.logits(documents)})["logits"]
+    logits = recalled(run, lambda: {"logits": teacher.network_logits(documents)})["logits"]
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
 
     base = student(config, run, [text for texts in documents for text in texts])
@@ -190,11 +190,13 @@ def distil_coding(config: DistilConfig, run: Run, resume: bool) -> None:
     gold = data.gold(data.held_out)
     patients = [data.patients[row] for row in data.held_out]
     part = data.split.reported_part
-    pupil = coding.Coder(model, task, base.tokenizer, teacher.calibration, teacher.threshold, teacher.accept)
+    pupil = coding.Coder(
+        model, task, base.tokenizer, teacher.calibration, teacher.threshold, teacher.accept, teacher.named
+    )
     tuning, truth = pupil.logits(tuned), data.gold(data.development)
     threshold = multilabel.choose_threshold(coding_recipe.widened(tuning, len(data.columns)), truth)
     calibration = fit_calibration(tuning, truth[:, : len(task.codes)])
-    pupil = coding.Coder(model, task, base.tokenizer, calibration, threshold, teacher.accept)
+    pupil = coding.Coder(model, task, base.tokenizer, calibration, threshold, teacher.accept, teacher.named)
     found = {
         name: coding_recipe.widened(coder.logits(notes), len(data.columns))
         for name, coder in (("teacher", teacher), ("student", pupil))
@@ -211,8 +213,9 @@ def distil_coding(config: DistilConfig, run: Run, resume: bool) -> None:
     some = slice(config.timed_notes)
     timed(run, {"teacher": teacher.logits, "student": pupil.logits}, notes[some], patients[some], part)
     if is_main_process():
-        decided = {"calibration": {"slope": calibration.slope, "offset": calibration.offset}}
-        coding.save(run.path, model, task, base, full=True, **decided, threshold=threshold, accept=teacher.accept)
+        kept_of: dict[str, Any] = {"calibration": {"slope": calibration.slope, "offset": calibration.offset}}
+        kept_of |= {"threshold": threshold, "accept": teacher.accept, "named_codes": teacher.named.as_json()}
+        coding.save(run.path, model, task, base, full=True, **kept_of)
     run.note(
         inputs={"corpus": data.corpus.card.name, "unlabelled_documents": len(documents)}
         | {"notes_sha256": ner_recipe.digest(data.corpus)},

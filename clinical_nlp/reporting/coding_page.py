@@ -17,6 +17,7 @@ FEWEST_SHOWN = 11
 SYSTEMS = {
     "": "this run",
     "baseline_tfidf.": "bag of words, logistic regression",
+    "baseline_dictionary.": "codes that the note names, no training",
     "baseline_zero_shot.": "base model, not trained",
     "baseline_few_shot.": "base model, shown examples",
 }

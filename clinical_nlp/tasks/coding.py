@@ -19,6 +19,7 @@ from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
 from clinical_nlp.runs import Run, write_atomic, write_csv, write_json
 from clinical_nlp.statistics.calibration import Calibration
+from clinical_nlp.tasks.naming import NamedCodes
 from clinical_nlp.tasks.ner import load_head, special_tokens
 
 if TYPE_CHECKING:
@@ -519,9 +520,17 @@ class Coder:
     """A trained coding run, ready to be used: no training data is needed."""
 
     def __init__(
-        self, model: Any, task: CodingTask, tokenizer: Any, calibration: Calibration, threshold: float, accept: float
+        self,
+        model: Any,
+        task: CodingTask,
+        tokenizer: Any,
+        calibration: Calibration,
+        threshold: float,
+        accept: float,
+        named: NamedCodes | None = None,
     ) -> None:
         self.task, self.calibration, self.threshold, self.accept = task, calibration, threshold, accept
+        self.named = NamedCodes() if named is None else named
         self._model, self._tokenizer = model, tokenizer
 
     @classmethod
@@ -538,7 +547,8 @@ class Coder:
         model = build_model(base.network, task, seed=0, descriptions=described)
         load_head(model, folder)
         calibration = Calibration(**values["calibration"])
-        return cls(model, task, base.tokenizer, calibration, values["threshold"], values["accept"])
+        named = NamedCodes.from_json(values.get("named_codes", {}))
+        return cls(model, task, base.tokenizer, calibration, values["threshold"], values["accept"], named)
 
     @property
     def model(self) -> Any:
@@ -548,14 +558,19 @@ class Coder:
     def predict(self, documents: Sequence[Sequence[str]]) -> list[list[Prediction]]:
         """Return the proposed codes of each document (the texts of its notes, oldest first), most probable first."""
         encoded = self.encode(documents)
-        return self.propose(documents, encoded, predict_logits(self._model, self.task, self._tokenizer, encoded))
+        logits = predict_logits(self._model, self.task, self._tokenizer, encoded)
+        return self.propose(documents, encoded, logits + self.named(documents, len(self.task.codes)))
 
     def encode(self, documents: Sequence[Sequence[str]]) -> list[Document]:
         """Turn documents (the texts of their notes, oldest first) into tokens."""
         return [self.task.encode(texts, self._tokenizer) for texts in documents]
 
     def logits(self, documents: Sequence[Sequence[str]]) -> np.ndarray:
-        """Score every code of the list, (n, n_codes) float32."""
+        """Score every code of the list, (n, n_codes) float32; codes that a document names gain."""
+        return self.network_logits(documents) + self.named(documents, len(self.task.codes))
+
+    def network_logits(self, documents: Sequence[Sequence[str]]) -> np.ndarray:
+        """Score every code by the network alone, (n, n_codes) float32."""
         return predict_logits(self._model, self.task, self._tokenizer, self.encode(documents))
 
     def propose(
@@ -642,7 +657,7 @@ def read_coding_task(values: dict[str, Any]) -> CodingTask:
 def save(folder: Path, model: Any, task: CodingTask, base: BaseModel, *, full: bool, **decided: Any) -> None:
     """Write what was trained: `head.safetensors`, `task.json`, and the adapter or (full) the whole backbone.
 
-    `decided` is what was chosen on development patients: `calibration`, `threshold`, `accept`.
+    `decided` is what was chosen on development patients: `calibration`, `threshold`, `accept`, `named_codes`.
     """
     from dataclasses import asdict
 
