@@ -14,13 +14,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from clinical_nlp.config import Config
-from clinical_nlp.errors import MissingDataError, RunError
+from clinical_nlp.errors import MissingDataError, RunError, UsageError
 from clinical_nlp.notes.readers import ReadOptions
 from clinical_nlp.notes.schema import Note, Record, Rejected
 from clinical_nlp.notes.writers.athena import athena_files, read_athena
 from clinical_nlp.notes.writers.note_nlp import read_vocabulary
 from clinical_nlp.progress import say
-from clinical_nlp.runs import file_digest, write_json
+from clinical_nlp.runs import Run, file_digest, write_json
 
 SYSTEM = f"clinical_nlp {version('clinical_nlp')}"
 """Name and version, as NOTE_NLP and the phenopackets state it."""
@@ -246,7 +246,7 @@ def _optional_digest(file: str | None) -> str | None:
     if file is None:
         return None
     if not Path(file).is_file():
-        raise MissingDataError(f"{file} does not exist")
+        raise MissingDataError(f"{file} does not exist, or is no file")
     return file_digest(Path(file))
 
 
@@ -280,9 +280,23 @@ def _verifier_digest(name: str) -> str | None:
 
 
 def _model_digest(folder: Path) -> str:
-    """Digest of a run directory without its checkpoints and logs."""
+    """Digest of a run directory without its checkpoints and logs.
+
+    Raises
+    ------
+    UsageError : it is no finished run that marks or links spans.
+    """
+    from clinical_nlp.models.loading import read_task
+
     if not folder.is_dir():
-        raise MissingDataError(f"model {folder} is not a run directory")
+        raise MissingDataError(f"--model {folder} is not a run directory")
+    try:
+        Run.load(folder)
+        task = read_task(folder).get("task")
+    except UsageError as error:
+        raise UsageError(f"--model {folder}: {error}") from None
+    if task not in ("ner", "linking"):
+        raise UsageError(f"--model {folder}: was trained for {task}; name an ner or a link run")
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
