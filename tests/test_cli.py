@@ -98,7 +98,10 @@ def test_an_unreadable_model_is_one_line(tmp_path: Path) -> None:
     one_line(call(*words, cwd=tmp_path), 2, "half-written")
     (model / "manifest.json").write_text("{}")
     one_line(call(*words, cwd=tmp_path), 2, "no task.json")
-    for told, part in (("coding", "was trained for coding; name an ner or a link run"), ("ner", "task.json is damaged")):
+    for told, part in (
+        ("coding", "was trained for coding; name an ner or a link run"),
+        ("ner", "task.json is damaged"),
+    ):
         (model / "task.json").write_text(json.dumps({"task": told}))
         for workers in ("1", "2"):
             one_line(call(*words, "--workers", workers, cwd=tmp_path), 2, part)

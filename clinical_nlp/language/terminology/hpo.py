@@ -156,6 +156,8 @@ def _checked(
         roots=(ROOT,) if is_hpo else (),
     )
     if not terminology.matchable:
-        msg = f"{path} holds no named term below {ROOT} (is_a), so there is nothing to look for; give the whole ontology"
+        msg = (
+            f"{path} holds no named term below {ROOT} (is_a), so there is nothing to look for; give the whole ontology"
+        )
         raise InputError(msg)
     return terminology

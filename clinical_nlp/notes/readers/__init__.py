@@ -58,7 +58,9 @@ def read_notes(source: Path, *, format: str, options: ReadOptions = DEFAULT_OPTI
     require_codec(options.encoding)
     for language in (*options.languages, options.default_language):
         if not _LANGUAGE.fullmatch(language.strip()):
-            raise UsageError(f"language {language!r} is no language code; write it as en, or as the export does (en-GB)")
+            raise UsageError(
+                f"language {language!r} is no language code; write it as en, or as the export does (en-GB)"
+            )
     if options.columns and format != "table":
         raise UsageError(f"columns are mapped for the format table alone, not for {format}; leave --columns out")
     if options.attachments is not None and not options.attachments.is_dir():
