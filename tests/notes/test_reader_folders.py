@@ -107,7 +107,7 @@ def test_brat_lines_that_do_not_fit(tmp_path):
     (tmp_path / "lone.ann").write_text("T1\tFinding 0 1\tx\n")
     gold = read_spans(tmp_path)
     assert gold.table.num_rows == 1
-    assert [item.source for item in gold.rejected] == [*(f"doc.ann:{line}" for line in range(2, 10)), "lone.ann"]
+    assert sorted(item.source for item in gold.rejected) == [*(f"doc.ann:{line}" for line in range(2, 10)), "lone.ann"]
     assert not any("fever" in item.reason for item in gold.rejected)
     with pytest.raises(MissingDataError):
         read_spans(tmp_path / "nowhere")
