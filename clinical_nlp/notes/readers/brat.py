@@ -141,7 +141,9 @@ def _parse(body: str, text: str, name: str, note_id: str) -> tuple[list[dict[str
         if fields[0][:1] in ("A", "M", "N"):
             later.append((number, fields))
         if line.strip() and not _LINE.match(fields[0]):
-            rejected.append(Rejected(f"{name}:{number}", "not a line of BRAT (its ID comes first, then a tab)", note_id))
+            rejected.append(
+                Rejected(f"{name}:{number}", "not a line of BRAT (its ID comes first, then a tab)", note_id)
+            )
             continue
         if fields[0][:1] != "T":
             continue
