@@ -134,7 +134,7 @@ def test_too_few_notes_of_an_export_are_told_before_the_encoder_is_trained(confi
     (tmp_path / "notes.csv").write_text(
         "note_id,patient_id,institution,text\n1,p,A,Torn meniscus of the left knee.\n2,p,A,Seen again.\n"
     )
-    corpus = {"name": "ehr_export", "path": tmp_path / "notes.csv", "options": {"format": "table"}}
+    corpus = {"name": "ehr_export", "path": str(tmp_path / "notes.csv"), "options": {"format": "table"}}
     values = config.model_dump(mode="json") | {"corpus": corpus}
     monkeypatch.setattr(link, "fit_encoder", lambda *_: pytest.fail("trained first"))
     with pytest.raises(InputError, match=r"2 notes of 1 patients hold \d+ spans .* give notes of more patients"):
