@@ -30,12 +30,22 @@ class InputError(ClinicalNlpError):
     """Input is there and cannot be used: an empty export, a table without the needed columns, a broken archive."""
 
 
-class ModelError(ClinicalNlpError):
-    """A model folder, adapter or tokenizer cannot be used, or is not safe to load."""
+class ModelError(UsageError):
+    """A model folder, adapter or tokenizer that was named cannot be used, or is not safe to load."""
+
+
+class TrainingError(ModelError):
+    """Training, or what is done with its result, came to nothing that could be used."""
+
+    exit_code = 1
 
 
 class RunError(ClinicalNlpError):
     """A run directory is incomplete, in use, or does not match what was asked."""
+
+
+class NoRunError(RunError, UsageError):
+    """A directory that was named is no finished run."""
 
 
 class TooFewPatientsError(ClinicalNlpError):

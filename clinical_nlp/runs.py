@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clinical_nlp.config import Config, to_yaml
-from clinical_nlp.errors import RunError, UsageError
+from clinical_nlp.errors import NoRunError, RunError, UsageError
 from clinical_nlp.progress import is_main_process
 
 _PACKAGES = (
@@ -264,14 +264,14 @@ class Run:
         folder = Path(path)
         if not (folder / "manifest.json").is_file():
             if (folder / "config.yaml").is_file():
-                raise RunError(f"{folder} is a half-written run: it was interrupted; finish it with --resume")
-            raise RunError(f"{folder} is not a run directory (it has no manifest.json)")
+                raise NoRunError(f"{folder} is a half-written run: it was interrupted; finish it with --resume")
+            raise NoRunError(f"{folder} is not a run directory (it has no manifest.json)")
         try:
             manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         except ValueError:
             manifest = None
         if not isinstance(manifest, dict):
-            raise RunError(f"{folder / 'manifest.json'} is damaged; run it again in a new directory")
+            raise NoRunError(f"{folder / 'manifest.json'} is damaged; run it again in a new directory")
         return cls(folder, manifest)
 
     @classmethod

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from clinical_nlp.config import Config, CorpusConfig
-from clinical_nlp.errors import InputError, RunError
+from clinical_nlp.errors import InputError, NoRunError
 from clinical_nlp.extraction import extract_with
 from clinical_nlp.extraction.patients import evidence_kind, patient_states
 from clinical_nlp.extraction.plan import ExtractionConfig
@@ -137,7 +137,7 @@ def score(
     """
     folder = Path(output_dir)
     if not (folder / "manifest.json").is_file():
-        raise RunError(f"{folder} is not a finished extraction")
+        raise NoRunError(f"{folder} is not a finished extraction")
     terminology_name = json.loads((folder / "plan.json").read_text("utf-8"))["config"]["terminology"]
     terminology = load_terminology(terminology_name)
     if corpus.spans is None:

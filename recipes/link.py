@@ -19,7 +19,7 @@ from pydantic import Field
 
 from clinical_nlp.adaptation.strategies import StrategyConfig, apply_strategy, trainable_count
 from clinical_nlp.config import Config, CorpusConfig
-from clinical_nlp.errors import InputError, ModelError
+from clinical_nlp.errors import InputError, ModelError, TrainingError
 from clinical_nlp.language.terminology import Matcher, Terminology, load_terminology
 from clinical_nlp.language.terminology.candidates import FLOOR, Lexicon
 from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
@@ -83,6 +83,7 @@ def run(config: LinkConfig, output: Path, *, resume: bool = False) -> Run:
         tagger = tagger_of(config, run)
         hidden = hide(lexicon, config)
         notes = read(config.corpus)
+        asked_about = gather(config, notes, lexicon, terminology, hidden)
 
         base = load_base(config.base_model, quantization=config.strategy.quantization, bidirectional=True)
         base = fit_encoder(config, run, resume, base, visible(lexicon, hidden), terminology)
@@ -91,7 +92,7 @@ def run(config: LinkConfig, output: Path, *, resume: bool = False) -> Run:
         vectors = encoder([text for _, text, _ in lexicon.names]).astype(np.float16).astype(np.float32)
 
         names = linking.Names(terminology, lexicon, vectors, hidden)
-        asked = questions(config, notes, names, vectors, hidden, encoder)
+        asked = questions(asked_about, names, vectors, encoder)
         verifier = fit(config, asked, vectors, hidden)
         chances = verifier(asked.features, asked.vectors) * asked.looked_at
         threshold = choose(config, asked, chances)
@@ -202,24 +203,40 @@ class Questions:
         return int(((self.part == PARTS.index(part)) & (self.kind == KINDS.index(kind))).sum())
 
 
-def questions(
-    config: LinkConfig, notes: Sequence[tuple[str, str]], names: linking.Names, vectors: np.ndarray,
-    hidden: Sequence[int], encoder: linking.Encoder,
-) -> Questions:  # fmt: skip
-    """Ask for the nearest concept of hidden names, of spans of notes, and of phrases that names share."""
-    lexicon = names.lexicon
+@dataclass(frozen=True)
+class Asked:
+    """What the verifier will be asked about, before anything is known of it.
+
+    Attributes
+    ----------
+    rows : hidden names that no name left says in the same words.
+    spans : spans of notes that the dictionary does not match, each with a patient in whose notes it stands.
+    shared : phrases that names of unrelated concepts share.
+    kind, part, unit, weight : as in `Questions`, for all of these in turn.
+    """
+
+    rows: list[int]
+    spans: list[tuple[str, str]]
+    shared: list[str]
+    kind: np.ndarray
+    part: np.ndarray
+    unit: np.ndarray
+    weight: np.ndarray
+
+
+def gather(
+    config: LinkConfig, notes: Sequence[tuple[str, str]], lexicon: Lexicon, terminology: Terminology,
+    hidden: Sequence[int],
+) -> Asked:  # fmt: skip
+    """Collect hidden names, spans of notes and shared phrases, and divide them; too few are told before training."""
     out = set(hidden)
     plain = {(lexicon.names[row][0], bag) for row, bag in enumerate(lexicon.bags) if row not in out}
     rows = [row for row in hidden if (lexicon.names[row][0], lexicon.bags[row]) not in plain]
     rows = [row for row in rows if 1 < len(lexicon.bags[row]) <= 6]  # what else the dictionary finds, or no span is
-    spans = note_spans(config, notes, names)
-    shared = linking.shared_parts(lexicon, names.terminology)
+    spans = note_spans(config, notes, lexicon, terminology)
+    shared = linking.shared_parts(lexicon, terminology)
     shared = sorted(shared, key=lambda text: _draw(config.seed, "shared", text))[:_SHARED]
     say(f"judging by {len(rows):,} hidden names, {len(spans):,} spans of notes and {len(shared):,} shared phrases")
-    others = [text for text, _ in spans] + shared
-    found_vectors = np.concatenate([vectors[rows], encoder(others)])
-    found = names.nearest([lexicon.names[row][1].lower() for row in rows] + others, found_vectors)
-    meant = [lexicon.names[row][0] for row in rows] + [None] * len(others)
     units = [lexicon.names[row][0] for row in rows] + [patient for _, patient in spans] + shared
     kind = np.repeat(np.arange(3), [len(rows), len(spans), len(shared)])
     part = np.array([_part(config.seed, unit) for unit in units])
@@ -229,28 +246,42 @@ def questions(
         for p in range(len(PARTS)):
             chosen = (kind == k) & (part == p)
             if not chosen.any():
+                n_patients = len({patient for patient, _ in notes})
                 raise InputError(
-                    f"too few {('hidden names', 'spans of notes', 'shared phrases')[k]} for the {PARTS[p]} part; "
-                    "give more notes (corpus), or a terminology with more names"
+                    f"too few {('hidden names', 'spans of notes', 'shared phrases')[k]} for the {PARTS[p]} part: "
+                    f"{len(notes)} notes of {n_patients} patients hold {len(spans)} spans that the dictionary does not "
+                    "match; give notes of more patients (corpus), or a terminology with more names"
                 )
             weight[chosen] = share / chosen.sum()
+    return Asked(rows, spans, shared, kind, part, np.array(units), weight)
+
+
+def questions(asked: Asked, names: linking.Names, vectors: np.ndarray, encoder: linking.Encoder) -> Questions:
+    """Ask for the nearest concept of hidden names, of spans of notes, and of phrases that names share."""
+    lexicon = names.lexicon
+    others = [text for text, _ in asked.spans] + asked.shared
+    found_vectors = np.concatenate([vectors[asked.rows], encoder(others)])
+    found = names.nearest([lexicon.names[row][1].lower() for row in asked.rows] + others, found_vectors)
+    meant = [lexicon.names[row][0] for row in asked.rows] + [None] * len(others)
     return Questions(
-        kind,
-        part,
+        asked.kind,
+        asked.part,
         np.array([one.concept_id == concept_id for one, concept_id in zip(found, meant, strict=True)]),
-        np.array(units),
-        weight,
+        asked.unit,
+        asked.weight,
         np.array([one.features for one in found]),
         found_vectors,
     )
 
 
-def note_spans(config: LinkConfig, notes: Sequence[tuple[str, str]], names: linking.Names) -> list[tuple[str, str]]:
+def note_spans(
+    config: LinkConfig, notes: Sequence[tuple[str, str]], lexicon: Lexicon, terminology: Terminology
+) -> list[tuple[str, str]]:
     """Return distinct spans that the dictionary does not match, each with a patient in whose notes it stands."""
-    matcher = Matcher(names.terminology)
+    matcher = Matcher(terminology)
     found: dict[str, str] = {}
     for patient, text in sorted(notes, key=lambda note: (_draw(config.seed, "patient", note[0]), note[1])):
-        for span in linking.unmatched([text], [matcher.match(text)], names.lexicon):
+        for span in linking.unmatched([text], [matcher.match(text)], lexicon):
             found.setdefault(span, patient)
         if len(found) >= config.spans:
             break
@@ -285,7 +316,7 @@ def choose(config: LinkConfig, asked: Questions, chances: np.ndarray) -> float:
     precision = right / np.cumsum(asked.weight[rows])
     enough = (precision >= config.precision) & (np.cumsum(asked.right[rows]) >= 20)
     if not enough.any():
-        raise ModelError(
+        raise TrainingError(
             f"no threshold reaches precision {config.precision}; train longer, take a better base_model (a sentence "
             "encoder), or ask for less (--precision)"
         )

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from clinical_nlp.config import Config, load_config
-from clinical_nlp.errors import ModelError
+from clinical_nlp.errors import ModelError, TrainingError
 from clinical_nlp.extraction.shards import one_thread
 from clinical_nlp.models import int8
 from clinical_nlp.models.loading import load_base, read_task
@@ -69,7 +69,7 @@ def run(config: QuantiseConfig, output: Path, *, resume: bool = False) -> Run:
         if not change.value >= -config.max_loss:
             (folder / int8.FILE).unlink()
             between = f" ({100 * change.low:+.2f} to {100 * change.high:+.2f})" if math.isfinite(change.low) else ""
-            raise ModelError(
+            raise TrainingError(
                 f"8-bit changes strict F1 by {100 * change.value:+.2f} points{between}, and max_loss allows "
                 f"{-100 * config.max_loss:.2f}; nothing was kept"
             )

@@ -79,7 +79,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> 
 )
 def test_a_mistake_is_one_line(words: list[str], part: str, tmp_path: Path) -> None:
     done = call(*words, cwd=tmp_path)
-    one_line(done, 1 if words[0] == "report" else 2, part)
+    one_line(done, 2, part)
     assert not (tmp_path / "x").exists(), "the output stays usable for the corrected command"
 
 
@@ -93,9 +93,19 @@ def test_an_unreadable_model_is_one_line(tmp_path: Path) -> None:
     model.mkdir()
     (tmp_path / "notes.csv").write_text("note_id,patient_id,institution,text\n1,p,A,fever\n")
     words = ("extract", "notes.csv", "--format", "table", "--output", "x", "--model", "model")
-    one_line(call(*words, cwd=tmp_path), 1, "model")
+    one_line(call(*words, cwd=tmp_path), 2, "--model model: model is not a run directory")
     (model / "config.yaml").write_text("")
-    one_line(call(*words, cwd=tmp_path), 1, "half-written")
+    one_line(call(*words, cwd=tmp_path), 2, "half-written")
+    (model / "manifest.json").write_text("{}")
+    one_line(call(*words, cwd=tmp_path), 2, "no task.json")
+    for told, part in (
+        ("coding", "was trained for coding; name an ner or a link run"),
+        ("ner", "task.json is damaged"),
+    ):
+        (model / "task.json").write_text(json.dumps({"task": told}))
+        for workers in ("1", "2"):
+            one_line(call(*words, "--workers", workers, cwd=tmp_path), 2, part)
+    assert not (tmp_path / "x").exists(), "the output stays usable for the corrected command"
 
 
 def test_a_hub_id_is_refused_offline(tmp_path: Path) -> None:

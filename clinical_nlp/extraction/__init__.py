@@ -109,7 +109,7 @@ def extract(
         is asked where the lanes disagree; see `clinical_nlp.tasks.verifying`. It picks one of the listed concepts or
         none of them. No mention is added or removed: one that means none of them loses its concept and keeps its row,
         one that the model cannot decide stays as it was, and the column `verified` says which.
-    terminology : hpo, icd10cm or a file.
+    terminology : hpo, hpo_wide, icd10cm or a file; `athena:DIR` is hpo with `vocabulary=DIR`.
     engine : local or spark (the session that is active, else a local one; it is left open in the first case). The
         outputs are byte for byte the same.
     workers : processes; the outputs are byte for byte the same for any number. With 2 or more, a note that kills its
@@ -192,7 +192,7 @@ def _batch(
     """
     from clinical_nlp.config import to_yaml
     from clinical_nlp.extraction.outputs import outputs_written, write_outputs
-    from clinical_nlp.extraction.plan import cut, make_plan, settle_plan
+    from clinical_nlp.extraction.plan import cut, make_plan, read_concepts, settle_plan
     from clinical_nlp.extraction.shards import finished
     from clinical_nlp.language.terminology import load_terminology
     from clinical_nlp.language.terminology.hpo import ROOT
@@ -223,10 +223,7 @@ def _batch(
             settle_plan(output, planned())
         say(f"{output} is already finished")
         return summary_of(output)
-    if config.vocabulary is not None:
-        from clinical_nlp.notes.writers.note_nlp import read_vocabulary
-
-        read_vocabulary(Path(config.vocabulary))
+    vocabulary = read_concepts(config, terminology)
     plan = {} if catalog else planned()
     fresh = not (output / "plan.json").exists()
     with (
@@ -277,6 +274,7 @@ def _batch(
             terminology,
             records,
             lambda: read_patients(source, format=layout, options=options),
+            vocabulary=vocabulary,
             previous=None if previous is None else previous.output,
         )
         result = _summary(output, records, counts, len(done) - n_new, verify=config.verify is not None)

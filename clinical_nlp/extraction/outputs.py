@@ -34,7 +34,7 @@ from clinical_nlp.extraction.plan import SYSTEM, ExtractionConfig
 from clinical_nlp.extraction.shards import clear_write_errors, verifies
 from clinical_nlp.language.terminology import Terminology
 from clinical_nlp.notes.schema import Patient
-from clinical_nlp.notes.writers.note_nlp import note_nlp_table, read_vocabulary
+from clinical_nlp.notes.writers.note_nlp import note_nlp_table
 from clinical_nlp.notes.writers.phenopacket import file_name
 from clinical_nlp.notes.writers.table import MENTION_SCHEMA, write_table
 from clinical_nlp.runs import file_digest, sync_folder, write_json
@@ -74,6 +74,7 @@ def write_outputs(
     records: Sequence[Mapping[str, Any]],
     read_demographics: Callable[[], Iterator[Patient]],
     *,
+    vocabulary: Mapping[str, tuple[int, int]] | None = None,
     previous: Path | None = None,
 ) -> dict[str, int]:
     """Write what needs all shards and return how much: patients, patient_concepts, phenopackets.
@@ -84,6 +85,7 @@ def write_outputs(
     config, terminology : of the batch.
     records : for each shard, its counts, in order.
     read_demographics : gives the patients of the export.
+    vocabulary : concept id -> (OMOP concept, source concept), for NOTE_NLP.
     previous : an earlier output of the same settings; the phenopacket of a patient who is the same there stays the
         same file.
     """
@@ -95,7 +97,7 @@ def write_outputs(
         scratch = output / STAGE / "duckdb"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        files = _mentions(output, config, records, scratch)
+        files = _mentions(output, config, records, scratch, vocabulary)
         n_mentions = sum(record["mentions"] for record in records)
         workers = config.workers if n_mentions >= _FOR_WORKERS else 1
         patients = _Patients(output, config, terminology, read_demographics, scratch, previous, workers)
@@ -173,7 +175,11 @@ def person_of(config: ExtractionConfig) -> str:
 
 
 def _mentions(
-    output: Path, config: ExtractionConfig, records: Sequence[Mapping[str, Any]], scratch: Path
+    output: Path,
+    config: ExtractionConfig,
+    records: Sequence[Mapping[str, Any]],
+    scratch: Path,
+    vocabulary: Mapping[str, tuple[int, int]] | None,
 ) -> dict[str, str]:
     """Write mentions/, note_nlp/ and the id map from the staged shards."""
     connection = connect(scratch)
@@ -203,7 +209,6 @@ def _mentions(
             ORDER BY filename, place""",
     )
     copy = next(copies, None)
-    vocabulary = None if config.vocabulary is None else read_vocabulary(Path(config.vocabulary))
     written: dict[str, str] = {}
     n_done = n_mentions = 0
     id_map = output / "note_id_map.parquet"

@@ -11,16 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clinical_nlp.config import Config
-from clinical_nlp.errors import MissingDataError, RunError
+from clinical_nlp.errors import MissingDataError, RunError, UsageError
 from clinical_nlp.notes.readers import ReadOptions
 from clinical_nlp.notes.schema import Note, Record, Rejected
-from clinical_nlp.runs import file_digest, write_json
+from clinical_nlp.notes.writers.athena import athena_files, read_athena
+from clinical_nlp.notes.writers.note_nlp import read_vocabulary
+from clinical_nlp.progress import say
+from clinical_nlp.runs import Run, file_digest, write_json
 
 SYSTEM = f"clinical_nlp {version('clinical_nlp')}"
 """Name and version, as NOTE_NLP and the phenopackets state it."""
+_ATHENA = "athena:"
 
 
 class ExtractionConfig(Config):
@@ -38,7 +42,7 @@ class ExtractionConfig(Config):
     """A causal language model (directory of a dapt or report run, a local model folder, or builtin:tiny) that is asked
     where the lanes disagree, and picks from listed concepts alone; see the column `verified` of mentions."""
     terminology: str = "hpo"
-    """hpo, icd10cm, or a file of your own (.obo, .json, .csv)."""
+    """hpo, hpo_wide, icd10cm, or a file of your own (.obo, .json, .csv). athena:DIR is hpo with --vocabulary DIR."""
     measurements: bool = False
     """Also read measured values as concepts of HPO (`Na 128`, `LVEF 25 %`, lane measurement). Where a threshold depends
     on age or sex, the note has to say them; a value that could be normal for anyone it may be about is left alone."""
@@ -67,7 +71,9 @@ class ExtractionConfig(Config):
     patient_map: str | None = None
     """File that says which patients of different sources are the same person."""
     vocabulary: str | None = None
-    """CSV with concept_code, concept_id and perhaps source_concept_id, for the concept columns of NOTE_NLP."""
+    """For the concept columns of NOTE_NLP, which are 0 without it: the folder of an unpacked Athena download (with
+    CONCEPT.csv and CONCEPT_RELATIONSHIP.csv; of HPO, ICD10CM, or the NAME of ids written NAME:CODE), or a CSV with
+    concept_code, concept_id and perhaps source_concept_id."""
     processed_on: date | None = None
     """Date to state as nlp_date and as the creation of phenopackets; default the date of the note, or of the patient's
     latest note, so that the same input gives the same bytes."""
@@ -77,6 +83,18 @@ class ExtractionConfig(Config):
     """Records in a shard; an interruption costs at most the shards in work."""
     shard_characters: int = Field(default=4_000_000, ge=1)
     """A shard is closed early when its notes hold this many characters."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _athena(cls, values: Any) -> Any:
+        """Take `athena:DIR` apart: what is looked for in notes is HPO, what the folder adds are OMOP concepts."""
+        terminology = values.get("terminology") if isinstance(values, dict) else None
+        if not isinstance(terminology, str) or not terminology.startswith(_ATHENA):
+            return values
+        folder = terminology.removeprefix(_ATHENA)
+        if not folder or values.get("vocabulary") not in (None, folder):
+            raise ValueError("athena:DIR names one folder, and stands for hpo with --vocabulary DIR: give one of them")
+        return {**values, "terminology": "hpo", "vocabulary": folder}
 
     def read_options(self, scratch: Path) -> ReadOptions:
         """Return what the readers need."""
@@ -170,7 +188,7 @@ def make_plan(config: ExtractionConfig, *, terminology: Any, source: Path, input
         "model": None if config.model is None else _model_digest(Path(config.model)),
         "verify": None if config.verify is None else _verifier_digest(config.verify),
         "patient_map": _optional_digest(config.patient_map),
-        "vocabulary": _optional_digest(config.vocabulary),
+        "vocabulary": _vocabulary_digest(config.vocabulary),
         "export": {
             str(path.relative_to(folder) if path.is_relative_to(folder) else path): file_digest(path) for path in inputs
         },
@@ -228,8 +246,30 @@ def _optional_digest(file: str | None) -> str | None:
     if file is None:
         return None
     if not Path(file).is_file():
-        raise MissingDataError(f"{file} does not exist")
+        raise MissingDataError(f"{file} does not exist, or is no file")
     return file_digest(Path(file))
+
+
+def read_concepts(config: ExtractionConfig, terminology: Any) -> dict[str, tuple[int, int]] | None:
+    """Return the OMOP concepts that the vocabulary of a batch has for its terminology, or None without one."""
+    if config.vocabulary is None:
+        return None
+    path = Path(config.vocabulary)
+    if not path.is_dir():
+        return read_vocabulary(path)
+    found = read_athena(path, terminology.concepts, bare="ICD10CM" if config.terminology == "icd10cm" else None)
+    n_standard = sum(standard > 0 for standard, _ in found.values())
+    say(
+        f"vocabulary {path}: of {len(terminology.concepts)} concepts of {terminology.name}, {len(found)} are OMOP "
+        f"concepts and {n_standard} have one standard concept"
+    )
+    return found
+
+
+def _vocabulary_digest(name: str | None) -> str | dict[str, str] | None:
+    if name is None or not Path(name).is_dir():
+        return _optional_digest(name)
+    return {table: file_digest(path) for table, path in athena_files(Path(name)).items()}
 
 
 def _verifier_digest(name: str) -> str | None:
@@ -240,9 +280,23 @@ def _verifier_digest(name: str) -> str | None:
 
 
 def _model_digest(folder: Path) -> str:
-    """Digest of a run directory without its checkpoints and logs."""
+    """Digest of a run directory without its checkpoints and logs.
+
+    Raises
+    ------
+    UsageError : it is no finished run that marks or links spans.
+    """
+    from clinical_nlp.models.loading import read_task
+
     if not folder.is_dir():
-        raise MissingDataError(f"model {folder} is not a run directory")
+        raise MissingDataError(f"--model {folder} is not a run directory")
+    try:
+        Run.load(folder)
+        task = read_task(folder).get("task")
+    except UsageError as error:
+        raise UsageError(f"--model {folder}: {error}") from None
+    if task not in ("ner", "linking"):
+        raise UsageError(f"--model {folder}: was trained for {task}; name an ner or a link run")
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)

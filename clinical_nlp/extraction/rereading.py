@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clinical_nlp.config import validate
-from clinical_nlp.errors import MissingDataError, RunError
+from clinical_nlp.errors import MissingDataError, NoRunError, RunError
 from clinical_nlp.extraction import CATALOG, fetch_catalog, open_engine
 from clinical_nlp.extraction.plan import ExtractionConfig
 from clinical_nlp.notes.readers import read_notes
@@ -28,11 +28,11 @@ def config_of(output: Path) -> ExtractionConfig:
     RunError : the folder is no finished output.
     """
     if not (output / "manifest.json").is_file() or not (output / "plan.json").is_file():
-        raise RunError(f"{output} is not a finished extraction")
+        raise NoRunError(f"{output} is not a finished extraction")
     try:
         return validate(ExtractionConfig, json.loads((output / "plan.json").read_text("utf-8"))["config"])
     except (ValueError, KeyError):
-        raise RunError(f"{output / 'plan.json'} is damaged; extract again") from None
+        raise NoRunError(f"{output / 'plan.json'} is damaged; extract again") from None
 
 
 def reread(output: Path, wanted: Mapping[NoteKey, str]) -> Iterator[Note]:

@@ -117,6 +117,9 @@ _BOX = re.compile(
     r"(?:(?P<minus>\((?:-|–)\)|\[(?:-| |)\]|(?<!\w)-ve|⊖)|(?P<plus>\(\+\)|\[[xX+✓]\]|(?<!\w)\+ve|(?<![\w+])\+)"
     r"|(?P<query>\(\?\)|\[\?\]))[ \t]*$"
 )
+_PLUSSED = re.compile(r"(?:^|[\s,;(])\+[ \t]?[^\W\d_]")
+_MINUS = re.compile(r"(?<![^\s,;(])(?P<minus>[-–−])")
+"""A sign that stands at the word itself (`+cough, -fever`) denies only beside one that affirms."""
 _BULLET = re.compile(r"(?:[-*•·▪◦–—○►]|\(?\d{1,2}[.)]|[a-zA-Z][.)])[ \t]*\w")
 
 
@@ -473,6 +476,8 @@ def _decide(
     skip = -1
     answer = _ANSWER.match(text, end, stop)
     box = _BOX.search(text, max(begin, start - 6), start)
+    if box is None and start > begin and text[start - 1] in "-–−" and _PLUSSED.search(text, begin, stop):
+        box = _MINUS.match(text, start - 1, start)
     for found in (box, answer):
         if found is not None and found.lastgroup and "presence" not in chosen:
             group = found.lastgroup
@@ -594,7 +599,9 @@ def _reaches(text: str, start: int, end: int, scope: int, axis: str) -> bool:
     if end - start >= 12 * scope:
         return False
     between = text[start:end]
-    if _STOPPED.search(between):  # a sentence that ended without the splitter's notice, as in text without capitals
+    if _STOPPED.search(
+        text, start, end
+    ):  # a sentence that ended without the splitter's notice, as in text without capitals
         return False
     if axis in ("presence", "modality", "temporality"):
         colon = between.find(":")

@@ -95,6 +95,9 @@ def _resolve_run(folder: Path) -> ResolvedModel:
         raise ModelError(
             f"run {folder} holds no model (recipe {run.manifest.get('recipe')}); name one that trained one"
         )
+    strategy = ((run.manifest.get("config") or {}).get("strategy") or {}).get("name", "head")
+    if strategy != "head" and not (folder / "adapter").is_dir():
+        raise ModelError(f"run {folder} (strategy {strategy}) has lost its folder of weights; copy the whole run again")
     # A base that is a folder is looked for beside the run first, so that runs can be moved together.
     beside = (folder / base["relative"]).resolve() if base.get("relative") else None
     inner = resolve_model(str(beside) if beside is not None and beside.is_dir() else base["name"])

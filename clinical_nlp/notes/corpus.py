@@ -7,8 +7,9 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 
@@ -62,6 +63,9 @@ class Corpus:
     parts: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
+_PLAIN: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "text")}
+
+
 def load_corpus(name: str, path: str | os.PathLike[str] | None = None, **options: Any) -> Corpus:
     """Load a corpus by name.
 
@@ -73,7 +77,7 @@ def load_corpus(name: str, path: str | os.PathLike[str] | None = None, **options
 
     Raises
     ------
-    UsageError : the corpus is not known, or an option is not one of its own.
+    UsageError : the corpus is not known, or an option is not one of its own or of another kind.
     MissingDataError : the data are not there; the message says where they can be had.
     """
     load = corpus_module(name).load
@@ -84,6 +88,12 @@ def load_corpus(name: str, path: str | os.PathLike[str] | None = None, **options
         if key not in known and not others:
             what = nearest(key, known) if known else "; it has none"
             raise UsageError(f"corpus {name!r} has no option {key!r}{what}")
+    kinds = get_type_hints(load)
+    for key in options.keys() & known:
+        kind, called = _PLAIN.get(kinds.get(key), (object, ""))
+        value = options[key]
+        if not isinstance(value, kind) or (called and isinstance(value, bool)):
+            raise UsageError(f"corpus {name!r}: option {key!r} is {called}, not {value!r}")
     for key in known:
         if key not in options and taken[key].default is inspect.Parameter.empty:
             raise UsageError(f"corpus {name!r} needs the option {key!r} (corpus.options.{key})")

@@ -58,7 +58,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def _room(labels: Iterable[str]) -> float:
     """Return the width that the longest label takes, within reason."""
-    return min(0.45 * _WIDTH, max(_LABEL, 16 + 7.2 * max(map(len, labels), default=0)))
+    return min(0.45 * _WIDTH, max(_LABEL, 16 + 7.6 * max(map(len, labels), default=0)))
 
 
 def null_plot(rows: Sequence[tuple[str, float, str]], *, title: str, x_label: str, reach: float = 10.0) -> str:
@@ -251,7 +251,7 @@ def line_plot(
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    spread = _spread(ys, 0.0) or 1.0
+    spread = _spread(ys, 1e-3 * max(map(abs, ys))) or 1.0
     y_low, y_high = min(ys) - 0.05 * spread, max(ys) + 0.05 * spread
     bottom = 262.0
     every = max(1, math.ceil(len(x_names) * 9 * max(map(len, x_names), default=0) / (_RIGHT - 64)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from clinical_nlp.errors import ConfigError, ModelError
+from clinical_nlp.errors import ConfigError, ModelError, TrainingError
 from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
 from clinical_nlp.runs import Run, write_atomic, write_csv, write_json
@@ -359,7 +359,7 @@ def build_model(
             said, gold = (float(torch.stack(values).mean()) for values in zip(*self._watched, strict=True))
             self._watched.clear()
             if not math.isfinite(said) or said > max(0.5, 5 * gold) or said < gold / 100:
-                raise ModelError(
+                raise TrainingError(
                     f"the coding head collapsed: it gives a code the mean probability {said:.2g} where {gold:.2g} have "
                     "it; lower training.head_learning_rate and training.learning_rate"
                 )

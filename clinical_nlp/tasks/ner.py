@@ -579,8 +579,12 @@ class NerPredictor:
         values = read_task(folder)
         if values.get("task") != "ner":
             raise ModelError(f"run {folder} was trained for {values.get('task')}, not for ner")
-        task = NerTask(tuple(values["labels"]), values["window"], values["overlap"], values["bidirectional"])
-        base = load_base(str(folder), quantization=values["quantization"], bidirectional=task.bidirectional)
+        try:
+            task = NerTask(tuple(values["labels"]), values["window"], values["overlap"], values["bidirectional"])
+            quantization = values["quantization"]
+        except (KeyError, TypeError):
+            raise ModelError(f"{folder / 'task.json'} is damaged; train the run again") from None
+        base = load_base(str(folder), quantization=quantization, bidirectional=task.bidirectional)
         model = build_model(base.network, len(task.tags), seed=0)
         load_head(model, folder)
         return cls(model, task, base.tokenizer)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from clinical_nlp.errors import InputError, ModelError, RunError, TooFewPatientsError
+from clinical_nlp.errors import InputError, ModelError, RunError, TooFewPatientsError, TrainingError
 from clinical_nlp.notes.streaming import NoteStream
 from clinical_nlp.progress import progress
 from clinical_nlp.runs import Estimate, file_digest, write_json
@@ -420,7 +420,7 @@ def pack(rows: Sequence[list[int]], length: int) -> Any:
     sizes_packed = table["seq_lengths"].chunk(0)
     ends = np.cumsum(sizes_packed.flatten().to_numpy(), dtype=np.int64)
     if len(tokens) != ends[-1]:
-        raise ModelError(f"packing lost {len(tokens) - ends[-1]} of {len(tokens)} tokens")
+        raise TrainingError(f"packing lost {len(tokens) - ends[-1]} of {len(tokens)} tokens")
     owner = table["document"].chunk(0).flatten().to_numpy()[np.concatenate([[0], ends[:-1]])]
     bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(sizes_packed).to_numpy())]).astype(np.int32)
     columns = {

@@ -25,7 +25,7 @@ from clinical_nlp.adaptation.strategies import (
     trainable_count,
 )
 from clinical_nlp.config import Config
-from clinical_nlp.errors import ConfigError, ModelError, RunError
+from clinical_nlp.errors import ConfigError, ModelError, RunError, TrainingError
 from clinical_nlp.progress import is_main_process, progress, say
 from clinical_nlp.runs import Run, write_json
 from clinical_nlp.training import checkpoints
@@ -552,7 +552,7 @@ class LossTerms:
     def _stop_if_diverged(self) -> None:
         diverged = self._finite is not None and not bool(self._finite)
         if _any_process(diverged, self.args.world_size):  # type: ignore[attr-defined]
-            raise ModelError(
+            raise TrainingError(
                 f"training diverged by step {self.state.global_step}: the loss is not finite; "  # type: ignore[attr-defined]
                 "lower training.learning_rate (checkpoints from before that are kept)"
             )

@@ -8,6 +8,7 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -216,6 +217,11 @@ def test_corpus_options_are_checked(tmp_path):
         load_corpus("aci_bench", tmp_path, test_set=4)
     with pytest.raises(UsageError, match="test_set"):
         load_corpus("mts_dialog", tmp_path, test_set=3)
+    for option in ({"patients": "many"}, {"patients": 2.5}, {"patients": True}, {"label": "high"}, {"bank": 3}):
+        (name,) = option
+        with pytest.raises(UsageError, match=f"option '{name}' is (a|text)"):
+            load_corpus("synthetic_hospitals", **option)
+    assert len(load_corpus("synthetic_hospitals", patients=np.int64(1), institutions=1, covariate=1).notes)
 
 
 def test_mts_dialog_sections_keep_their_header_and_equal_dialogues_are_one_patient(tmp_path):

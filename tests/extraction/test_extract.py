@@ -72,6 +72,40 @@ def test_mentions_and_note_nlp(export, options, tmp_path):
         assert row["nlp_date"] == date(2026, 1, 2)
 
 
+def test_omop_concepts_from_athena(export, options, tmp_path, capsys):
+    athena = tmp_path / "athena"
+    athena.mkdir()
+    (athena / "CONCEPT.csv").write_text(
+        "concept_id\tconcept_name\tdomain_id\tvocabulary_id\tconcept_class_id\tstandard_concept\tconcept_code\t"
+        "valid_start_date\tvalid_end_date\tinvalid_reason\n"
+        "1790001\tFever\tObservation\tHPO\tClass\t\tHP_0001945\t20081117\t20991231\t\n"
+        "1790002\tCough\tObservation\tHPO\tClass\t\tHP_0012735\t20081117\t20991231\t\n"
+        "437663\tFever\tCondition\tSNOMED\tDisorder\tS\t386661006\t20020131\t20991231\t\n"
+    )
+    (athena / "CONCEPT_RELATIONSHIP.csv").write_text(
+        "concept_id_1\tconcept_id_2\trelationship_id\tvalid_start_date\tvalid_end_date\tinvalid_reason\n"
+        "1790001\t437663\tMaps to\t20260201\t20991231\t\n"
+    )
+    extract(export, output=tmp_path / "out", vocabulary=athena, **options)
+    assert "of 8 concepts of hpo, 2 are OMOP concepts and 1 have one standard concept" in capsys.readouterr().err
+    mapped = {
+        row["lexical_variant"].lower(): (row["note_nlp_concept_id"], row["note_nlp_source_concept_id"])
+        for row in rows(tmp_path / "out", "note_nlp")
+    }
+    assert mapped == {"fever": (437663, 1790001), "cough": (0, 1790002), "seizure": (0, 0), "cleft palate": (0, 0)}
+    short = ExtractionConfig(source="x", format="text", terminology=f"athena:{athena}")
+    assert (short.terminology, short.vocabulary) == ("hpo", str(athena))
+    for wrong in ({"terminology": "athena:"}, {"terminology": f"athena:{athena}", "vocabulary": "other.csv"}):
+        with pytest.raises(ConfigError, match="give one of them"):
+            extract(export, output=tmp_path / "no", **{**options, **wrong})
+    (athena / "CONCEPT.csv").write_text("concept_id\n")
+    with pytest.raises(RunError, match="the vocabulary changed"):
+        extract(export, output=tmp_path / "out", vocabulary=athena, resume=True, **options)
+    with pytest.raises(UsageError, match="no column vocabulary_id"):
+        extract(export, output=tmp_path / "no", vocabulary=athena, **options)
+    assert not (tmp_path / "no").exists()
+
+
 def test_integer_note_ids_stay_what_they_are(tmp_path, options):
     (tmp_path / "export").mkdir()
     for number in (900, 17):

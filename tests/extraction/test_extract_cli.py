@@ -53,5 +53,5 @@ def test_wrong_words(export, options, tmp_path):
     done = call("review", "out", "--export", "r", "--truth", "ann", cwd=tmp_path)
     assert (done.returncode, "--truth goes with --import" in done.stderr) == (2, True)
     done = call("review", "out", "--export", "r", cwd=tmp_path)
-    assert (done.returncode, "not a finished extraction" in done.stderr) == (1, True)
+    assert (done.returncode, "not a finished extraction" in done.stderr) == (2, True)
     assert not (tmp_path / "out").exists()

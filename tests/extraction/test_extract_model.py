@@ -29,6 +29,7 @@ def model(tmp_path, monkeypatch):
     folder = tmp_path / "ner"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
+    (folder / "task.json").write_text('{"task": "ner"}')
     return folder
 
 

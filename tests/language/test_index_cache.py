@@ -73,6 +73,17 @@ def test_a_damaged_file_is_built_anew(folder, terminology, damage):
     assert file.read_bytes() == good
 
 
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(folder, terminology):
+    folder.mkdir()
+    left, written = folder / ".index-1.json.77.tmp", folder / ".index-2.json.78.tmp"
+    for file in (left, written):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    cached_index(terminology, terminology.matchable)
+    assert not left.exists()
+    assert written.exists()
+
+
 def test_without_a_place_for_it_nothing_is_written_and_all_is_found(tmp_path, monkeypatch, terminology):
     (tmp_path / "file").write_text("")
     for setting in ("", str(tmp_path / "file" / "below")):

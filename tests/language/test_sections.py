@@ -61,6 +61,8 @@ def named(text):
         ("Allergies - latex\n\nHabits - none", [("Allergies", "allergies"), ("Habits", "social_history")]),
         ("III. PHYSICAL EXAMINATION\nwell", [("PHYSICAL EXAMINATION", "physical_exam")]),
         ("=== Plan ===\nrest", [("Plan", "assessment_plan")]),
+        ("PMH: gout.\nDx: cold vs. flu\nDispo: home", [("PMH", "past_medical_history"), ("Dx", "impression"),
+                                                       ("Dispo", "discharge_instructions")]),
     ],
 )  # fmt: skip
 def test_headers(text, expected):

@@ -179,12 +179,31 @@ def test_bad_table_names_the_line(tmp_path, content, says):
         load_terminology(str(path))
 
 
-@pytest.mark.parametrize(("name", "content"), [("x.obo", "hello"), ("x.json", "{}"), ("x.json", "nonsense")])
-def test_bad_ontology(tmp_path, name, content):
+_ROOT = "[Term]\nid: HP:0000118\nname: Phenotypic abnormality\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.obo", "hello", "no terms with names"),
+        ("x.json", "{}", "not an OBO Graphs file"),
+        ("x.json", "nonsense", "not an OBO Graphs file"),
+        ("x.obo", "format-version: 1.2\n\n[Term]\nid: X:1\n", "no terms with names"),
+        ("x.obo", f"{_ROOT}[Term]\nid: HP:1\nis_a: HP:0000118\n", "nothing to look for"),
+        ("x.obo", f"{_ROOT}[Term]\nid: HP:1\nname: Seizure\n", "nothing to look for"),
+    ],
+)
+def test_bad_ontology(tmp_path, name, content, says):
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=says):
         load_terminology(str(path))
+
+
+def test_a_term_without_a_name_is_left_out(tmp_path):
+    path = tmp_path / "x.obo"
+    path.write_text(f"{_ROOT}[Term]\nid: HP:1\nis_a: HP:0000118\n\n[Term]\nid: HP:2\nname: Fit\nis_a: HP:0000118\n")
+    assert load_terminology(str(path)).matchable == {"HP:2"}
 
 
 def test_unknown_names(tmp_path):

@@ -87,3 +87,14 @@ def test_the_digest_follows_the_files(tmp_path):
     assert resolve_model(str(folder)).digest == before
     (folder / "model.safetensors").write_bytes(b"other")
     assert resolve_model(str(folder)).digest != before
+
+
+@pytest.mark.parametrize(("strategy", "whole"), [("lora", False), ("full", False), ("head", True)])
+def test_a_run_that_lost_its_weights_is_not_its_base_model(tmp_path, strategy, whole):
+    manifest = {"recipe": "ner", "base_model": {"name": "builtin:tiny"}, "config": {"strategy": {"name": strategy}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    if whole:
+        assert resolve_model(str(tmp_path)).adapters == ()
+    else:
+        with pytest.raises(ModelError, match=f"strategy {strategy}.* copy the whole run again"):
+            resolve_model(str(tmp_path))

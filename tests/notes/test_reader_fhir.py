@@ -214,6 +214,12 @@ def test_languages(tmp_path):
     assert one(tmp_path, document("d1", german), languages=()).language == "de"
     assert one(tmp_path, document(language="fr")).rule == "language:fr"
     assert one(tmp_path, document(), default_language="es").rule == "language:es"
+    for options in ({"languages": ("en", "english")}, {"languages": ("",)}, {"default_language": "German"}):
+        with pytest.raises(UsageError, match="is no language code"):
+            read(tmp_path, **options)
+    assert one(tmp_path, document("d1", german), languages=("DE_at",)).language == "de"
+    with pytest.raises(UsageError, match="for the format table alone"):
+        read(tmp_path, columns={"text": "body"})
 
 
 def test_errors_and_replaced_documents_are_skipped(tmp_path):
@@ -508,6 +514,11 @@ def test_patient_map(tmp_path):
     mapping.write_text("patient_id,shared_patient_id\np1,a\np1,b\n")
     with pytest.raises(InputError, match="mapped twice"):
         read(tmp_path, patient_map=mapping)
+    mapping.write_text("Patient_ID,shared_patient\n")
+    with pytest.raises(UsageError, match="no column 'shared_patient_id'; did you mean 'shared_patient'"):
+        read(tmp_path, patient_map=mapping)
+    mapping.write_text("PATIENT_ID,Shared_Patient_ID\n")
+    assert [record.patient_id for record in read(tmp_path, patient_map=mapping)] == ["p1", "p1", None]
 
 
 def test_the_index_leaves_nothing_behind(tmp_path):

@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime
 import pyarrow as pa
 import pytest
 
-from clinical_nlp.errors import InputError, MissingDataError
+from clinical_nlp.errors import MissingDataError, UsageError
 from clinical_nlp.notes.writers.note_nlp import NOTE_NLP_SCHEMA, note_nlp_table, read_vocabulary, snippet
 
 # From OMOP_CDMv5.4_Field_Level.csv: name, type, required.
@@ -135,6 +135,6 @@ def test_vocabulary(tmp_path):
     ):
         bad = tmp_path / f"{number}.csv"
         bad.write_text(text)
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UsageError) as caught:
             read_vocabulary(bad)
         assert "secret" not in str(caught.value)

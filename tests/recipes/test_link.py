@@ -12,7 +12,7 @@ import pytest
 from tiny_models import write_encoder
 
 from clinical_nlp.config import load_config
-from clinical_nlp.errors import ModelError
+from clinical_nlp.errors import InputError, ModelError
 from clinical_nlp.extraction import extract
 from clinical_nlp.language.terminology import Matcher, load_terminology
 from clinical_nlp.language.terminology.candidates import Lexicon, content
@@ -128,6 +128,18 @@ def test_hidden_names_are_not_learned_from(config, vocabulary):
     for row in hidden[:50]:
         concept_id, text, _ = lexicon.names[row]
         assert text not in kept[concept_id]
+
+
+def test_too_few_notes_of_an_export_are_told_before_the_encoder_is_trained(config, tmp_path, monkeypatch):
+    (tmp_path / "notes.csv").write_text(
+        "note_id,patient_id,institution,text\n1,p,A,Torn meniscus of the left knee.\n2,p,A,Seen again.\n"
+    )
+    corpus = {"name": "ehr_export", "path": str(tmp_path / "notes.csv"), "options": {"format": "table"}}
+    values = config.model_dump(mode="json") | {"corpus": corpus}
+    monkeypatch.setattr(link, "fit_encoder", lambda *_: pytest.fail("trained first"))
+    with pytest.raises(InputError, match=r"2 notes of 1 patients hold \d+ spans .* give notes of more patients"):
+        link.run(load_config(link.CONFIG, None, values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_dictionary_misses_is_linked_and_nothing_outside_the_terminology(linked, vocabulary):

@@ -149,7 +149,7 @@ class _Pool:
                 raise RunError(f"a worker process could not start (exit code {code}); try --workers 1") from None
             return None
         if kind == "failed":
-            raise RunError(value)
+            raise value
         worker.ready = True
         return kind, value
 
@@ -247,5 +247,5 @@ def _heard(worker: _Worker) -> Any:
     except (EOFError, OSError):
         raise RunError("a worker process died while patients were gathered; add --resume, or try --workers 1") from None
     if kind == "failed":
-        raise RunError(value)
+        raise value
     return value

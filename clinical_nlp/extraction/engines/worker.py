@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     answers = Connection(int(arguments[1]), readable=False)
     threading.Thread(target=_die_with_parent, args=(int(arguments[2]),), daemon=True).start()
 
-    from clinical_nlp.errors import ClinicalNlpError
+    from clinical_nlp.errors import ClinicalNlpError, RunError, UsageError
 
     try:
         kinds: dict[str, Callable[..., Callable[[str, Any], Any]]] = {"notes": _notes, "patients": _patients}
@@ -40,10 +40,11 @@ def main(arguments: list[str]) -> None:
                 return
             answers.send((kind, work(kind, task)))
     except ClinicalNlpError as error:
-        answers.send(("failed", f"{error}"))
+        kind = UsageError if isinstance(error, UsageError) else RunError
+        answers.send(("failed", kind(str(error))))
     # The message of an unknown error may quote a note, so only its type is passed on.
     except Exception as error:
-        answers.send(("failed", f"a worker failed with {type(error).__name__}"))
+        answers.send(("failed", RunError(f"a worker failed with {type(error).__name__}")))
 
 
 def _notes(output: str, terminology: str, model: str, measurements: str, verify: str) -> Callable[[str, Any], Any]:

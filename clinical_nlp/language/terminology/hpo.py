@@ -40,7 +40,7 @@ def read_obo(path: Path, *, name: str | None = None) -> Terminology:
     version = ""
     concepts: dict[str, Concept] = {}
     retired: dict[str, str | None] = {}
-    for stanza in data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n["):
+    for stanza in ("\n" + data.decode("utf-8-sig", "replace").replace("\r\n", "\n")).split("\n["):
         if not stanza.startswith("Term]"):
             if not version and (found := re.search(r"^data-version:\s*(\S+)", stanza, re.M)):
                 version = found[1].removeprefix("hp/releases/")
@@ -71,7 +71,7 @@ def read_obo(path: Path, *, name: str | None = None) -> Terminology:
             continue
         if obsolete:
             retired[concept_id] = replaced
-        else:
+        elif label:
             concepts[concept_id] = Concept(concept_id, (Name(label, "label"), *names), tuple(parents))
         for alternative in alternatives:
             retired.setdefault(alternative, concept_id)
@@ -144,10 +144,10 @@ def _checked(
     retired: dict[str, str | None],
 ) -> Terminology:
     if not concepts:
-        msg = f"{path} holds no terms; name an OBO or OBO Graphs file, or a CSV of id,label,synonyms,parents"
+        msg = f"{path} holds no terms with names; name an OBO or OBO Graphs file, or a CSV of id,label,synonyms,parents"
         raise InputError(msg)
     is_hpo = ROOT in concepts
-    return Terminology(
+    terminology = Terminology(
         name=name or ("hpo" if is_hpo else path.stem),
         version=version,
         digest=hashlib.sha256(data).hexdigest(),
@@ -155,3 +155,9 @@ def _checked(
         retired={old: new for old, new in retired.items() if old not in concepts},
         roots=(ROOT,) if is_hpo else (),
     )
+    if not terminology.matchable:
+        msg = (
+            f"{path} holds no named term below {ROOT} (is_a), so there is nothing to look for; give the whole ontology"
+        )
+        raise InputError(msg)
+    return terminology

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
@@ -21,6 +22,8 @@ from clinical_nlp.language.terminology.index import Index
 from clinical_nlp.runs import write_atomic
 
 _KEPT = 8
+_WRITING = 600
+"""Seconds after which nobody writes at a temporary file any more."""
 _SETS = ("attributes", "negations", "numerals", "last_words", "long_words", "spared")
 _TABLES = ("vocabulary", "bags", "orders", "literals")
 
@@ -75,6 +78,10 @@ def _write(path: Path, index: Index) -> None:
     told["abbreviations"] = {form: [asdict(sense) for sense in senses] for form, senses in index.abbreviations.items()}
     data = json.dumps(told, separators=(",", ":")).encode()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in path.parent.glob(".index-*.tmp"):  # by a process that was killed while it wrote
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _WRITING:
+                left.unlink()
     write_atomic(path, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
     old = sorted(path.parent.glob("index-*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in old[_KEPT:]:

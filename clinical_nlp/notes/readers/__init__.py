@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ FORMATS: dict[str, str] = {
 """Format -> the module that reads it; each has `files(source)`, `read(reading)` and `patients(reading)`."""
 
 
+_LANGUAGE = re.compile(r"[a-z]{2,3}(?:[-_][a-z0-9]{1,8})*|concept:\d+", re.IGNORECASE)
 _NO_LEVELS = ("brat", "iob", "text")
 """Formats that know no institutions, where an unknown one is no news."""
 
@@ -54,6 +56,13 @@ def read_notes(source: Path, *, format: str, options: ReadOptions = DEFAULT_OPTI
     """
     module, source = _reader(format), _existing(source)
     require_codec(options.encoding)
+    for language in (*options.languages, options.default_language):
+        if not _LANGUAGE.fullmatch(language.strip()):
+            raise UsageError(
+                f"language {language!r} is no language code; write it as en, or as the export does (en-GB)"
+            )
+    if options.columns and format != "table":
+        raise UsageError(f"columns are mapped for the format table alone, not for {format}; leave --columns out")
     if options.attachments is not None and not options.attachments.is_dir():
         raise MissingDataError(f"attachments folder {options.attachments} does not exist")
     return _read(module, source, format, options)

@@ -42,6 +42,7 @@ from clinical_nlp.notes.schema import (
 )
 
 _AXES = {"presence": PRESENCE, "temporality": TEMPORALITY, "modality": MODALITY, "experiencer": EXPERIENCER}
+_LINE = re.compile(r"[TAMNRE][^\s]*$|[#*]")
 _BODY = re.compile(r"(\S+) (\d+ \d+(?:;\d+ \d+)*)")
 
 
@@ -139,6 +140,11 @@ def _parse(body: str, text: str, name: str, note_id: str) -> tuple[list[dict[str
         fields = line.rstrip("\r").split("\t")
         if fields[0][:1] in ("A", "M", "N"):
             later.append((number, fields))
+        if line.strip() and not _LINE.match(fields[0]):
+            rejected.append(
+                Rejected(f"{name}:{number}", "not a line of BRAT (its ID comes first, then a tab)", note_id)
+            )
+            continue
         if fields[0][:1] != "T":
             continue
         match = _BODY.fullmatch(fields[1]) if len(fields) > 1 else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from clinical_nlp.errors import InputError, MissingDataError
+from clinical_nlp.errors import InputError, MissingDataError, UsageError
 from clinical_nlp.notes.readers.index import DiskIndex
 from clinical_nlp.notes.readers.options import ReadOptions
-from clinical_nlp.notes.readers.rows import rows, text_value
+from clinical_nlp.notes.readers.rows import columns, near_column, rows, text_value
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected
 
 Shared = TypeVar("Shared", bound=Record | Patient)
+_NEEDED = ("patient_id", "shared_patient_id")
 
 
 class PatientMap:
@@ -23,6 +24,7 @@ class PatientMap:
     Raises
     ------
     MissingDataError : the file does not exist.
+    UsageError : it lacks a column.
     InputError : a row cannot be read, or says something else than an earlier one: half a map would split patients.
     """
 
@@ -32,7 +34,12 @@ class PatientMap:
         if path is None:
             return
         if not path.is_file():
-            raise MissingDataError(f"patient map {path} does not exist")
+            raise MissingDataError(f"patient map {path} does not exist or is no file")
+        there = columns(path, path.name, options.encoding)
+        missing = [name for name in _NEEDED if name not in {column.lower() for column in there}]
+        if missing:
+            told = [f"no column {name!r}{near_column(name, there)}" for name in missing]
+            raise UsageError(f"patient map {path} has {' and '.join(told)}; it needs {' and '.join(_NEEDED)}")
         for row in rows(path, path.name, options.encoding):
             if isinstance(row, Rejected):
                 raise InputError(f"patient map {row.source}: {row.reason}")

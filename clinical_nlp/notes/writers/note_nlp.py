@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clinical_nlp.errors import InputError, MissingDataError
+from clinical_nlp.errors import MissingDataError, UsageError
 
 NOTE_NLP_SCHEMA = pa.schema(
     [
@@ -66,12 +66,12 @@ def read_vocabulary(path: Path) -> dict[str, tuple[int, int]]:
             rows = csv.DictReader(handle)
             missing = {"concept_code", "concept_id"} - set(rows.fieldnames or ())
             if missing:
-                raise InputError(f"vocabulary {path} has no column {' and no column '.join(sorted(missing))}")
+                raise UsageError(f"vocabulary {path} has no column {' and no column '.join(sorted(missing))}")
             for row in rows:
                 line = rows.line_num
                 found[row["concept_code"].strip()] = (int(row["concept_id"]), int(row.get("source_concept_id") or 0))
     except (ValueError, AttributeError, TypeError, csv.Error):
-        raise InputError(f"vocabulary {path}, line {line}: not a code and an integer concept_id") from None
+        raise UsageError(f"vocabulary {path}, line {line}: not a code and an integer concept_id") from None
     return found
 
 
