@@ -60,50 +60,11 @@ def run(config: AssertionConfig, output: Path, *, resume: bool = False) -> Run:
     with Run.open(output, config, recipe="assertion", resume=resume) as run:
         resolve_model(config.base_model)  # a wrong name is told before the notes are read
         data = read(config.corpus, config.split, config.seed)
-        axes = axes_to_learn(data)
-        say("learned: " + "; ".join(f"{axis} ({', '.join(values)})" for axis, values in axes))
-
-        base = load_base(config.base_model, quantization=config.strategy.quantization, bidirectional=True)
-        window = min(config.window, most_tokens(base.network) or config.window)
-        task = asserting.AssertionTask(axes, window, config.rules)
-        passages = encode(task, base.tokenizer, data, data.split.train)
-        network = apply_strategy(base.network, config.strategy, seed=config.seed)
-        model = asserting.build_model(network, task, seed=config.seed)
-        judge = partial(asserting.predict, model, task, base.tokenizer)
-        trainable, everything = trainable_count(model)
-        say(f"{len(passages)} passages; {trainable:,} of {everything:,} parameters train ({config.strategy.name})")
-        outcome = train(
-            model,
-            passages,
-            partial(asserting.collate, pad_token_id=base.tokenizer.pad_token_id or 0),
-            config=config.training,
-            run=run,
-            seed=config.seed,
-            lengths=[len(passage.input_ids) for passage in passages],
-            tokenizer=base.tokenizer,
-            strategy=config.strategy,
-            head="head",
-            max_steps=config.max_steps,
-            max_minutes=config.max_minutes,
-            resume=resume,
-            validate=None if config.training.patience is None else partial(right, judge, task, data),
-        )
-
-        development, held_out = data.split.development, data.split.test
-        chosen = asserting.thresholds(
-            task, judged(judge, data, development), data.rule_axes(development), data.gold_axes(development)
-        )
-        said = decided(judge, task, data, held_out, chosen)
-        run.record(score(data, held_out, said, seed=config.seed))
-        if is_main_process():
-            asserting.save(run.path, model, task, base, chosen, full=config.strategy.moves_base)
+        classifier = fit(config, data, run, resume=resume)
+        held_out = data.split.test
+        run.record(score(data, held_out, decided(classifier, data, held_out), seed=config.seed))
         run.note(
             inputs={"corpus": data.corpus.card.name, "n_notes": len(data.texts), "notes_sha256": digest(data.corpus)},
-            base_model=provenance(base.resolved, run.path),
-            parent_run=None if base.resolved.parent_run is None else str(base.resolved.parent_run),
-            training=outcome | {"trainable_parameters": trainable, "parameters": everything, "passages": len(passages)},
-            axes={axis: list(values) for axis, values in axes},
-            thresholds={axis: threshold for (axis, _), threshold in zip(axes, chosen, strict=True)},
             spans={"train": data.count(data.split.train), "reported": data.count(held_out)},
             split=data.split.describe(),
         )
@@ -112,6 +73,50 @@ def run(config: AssertionConfig, output: Path, *, resume: bool = False) -> Run:
 
         run_report(run)
     return run
+
+
+def fit(config: AssertionConfig, data: Asserted, run: Run, *, resume: bool = False) -> asserting.AssertionClassifier:
+    """Train on the training part, choose the thresholds on the development part, and save both in the run."""
+    axes = axes_to_learn(data)
+    say("learned: " + "; ".join(f"{axis} ({', '.join(values)})" for axis, values in axes))
+    base = load_base(config.base_model, quantization=config.strategy.quantization, bidirectional=True)
+    window = min(config.window, most_tokens(base.network) or config.window)
+    task = asserting.AssertionTask(axes, window, config.rules)
+    passages = encode(task, base.tokenizer, data, data.split.train)
+    network = apply_strategy(base.network, config.strategy, seed=config.seed)
+    model = asserting.build_model(network, task, seed=config.seed)
+    classifier = asserting.AssertionClassifier(model, task, base.tokenizer, [0.0] * len(axes))
+    trainable, everything = trainable_count(model)
+    say(f"{len(passages)} passages; {trainable:,} of {everything:,} parameters train ({config.strategy.name})")
+    outcome = train(
+        model,
+        passages,
+        partial(asserting.collate, pad_token_id=base.tokenizer.pad_token_id or 0),
+        config=config.training,
+        run=run,
+        seed=config.seed,
+        lengths=[len(passage.input_ids) for passage in passages],
+        tokenizer=base.tokenizer,
+        strategy=config.strategy,
+        head="head",
+        max_steps=config.max_steps,
+        max_minutes=config.max_minutes,
+        resume=resume,
+        validate=None if config.training.patience is None else partial(right, classifier, data),
+    )
+    rows = data.split.development
+    found = classifier.probabilities(*data.questions(rows))
+    chosen = asserting.thresholds(task, found, data.rule_axes(rows), data.gold_axes(rows))
+    if is_main_process():
+        asserting.save(run.path, model, task, base, chosen, full=config.strategy.moves_base)
+    run.note(
+        base_model=provenance(base.resolved, run.path),
+        parent_run=None if base.resolved.parent_run is None else str(base.resolved.parent_run),
+        training=outcome | {"trainable_parameters": trainable, "parameters": everything, "passages": len(passages)},
+        axes={axis: list(values) for axis, values in axes},
+        thresholds={axis: threshold for (axis, _), threshold in zip(axes, chosen, strict=True)},
+    )
+    return asserting.AssertionClassifier(model, task, base.tokenizer, chosen)
 
 
 # What is learned from -------------------------------------------------------------------------------------------------
@@ -131,6 +136,12 @@ class Asserted:
     gold: list[list[Axes]]
     rules: list[list[Assertion]]
     split: Split
+
+    def questions(
+        self, rows: Sequence[int] | np.ndarray
+    ) -> tuple[list[str], list[list[tuple[int, int]]], list[list[Assertion]]]:
+        """What the classifier is asked of some notes: texts, spans, and the rules' answers."""
+        return [self.texts[row] for row in rows], [self.spans[row] for row in rows], [self.rules[row] for row in rows]
 
     def gold_axes(self, rows: Sequence[int] | np.ndarray) -> list[list[Axes]]:
         """What annotators say of the spans of some notes."""
@@ -229,29 +240,15 @@ def encode(task: asserting.AssertionTask, tokenizer: Any, data: Asserted, rows: 
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
-def judged(judge: Any, data: Asserted, rows: np.ndarray) -> Any:
-    """Return the probabilities of the spans of some notes."""
-    return judge([data.texts[row] for row in rows], [data.spans[row] for row in rows], data.rule_axes(rows))
-
-
-def decided(
-    judge: Any, task: asserting.AssertionTask, data: Asserted, rows: np.ndarray, thresholds: Sequence[float]
-) -> list[list[Axes]]:
+def decided(classifier: asserting.AssertionClassifier, data: Asserted, rows: np.ndarray) -> list[list[Axes]]:
     """Return what is said of the spans of some notes, by the classifier or by the rules."""
-    return [
-        [
-            axes if chances is None else task.decide(chances, axes, thresholds)
-            for axes, chances in zip(said, probabilities, strict=True)
-        ]
-        for said, probabilities in zip(data.rule_axes(rows), judged(judge, data, rows), strict=True)
-    ]
+    return [[axes_of(one) for one in own] for own in classifier.predict(*data.questions(rows))]
 
 
-def right(judge: Any, task: asserting.AssertionTask, data: Asserted) -> float:
+def right(classifier: asserting.AssertionClassifier, data: Asserted) -> float:
     """Return the share of development spans that the classifier has right on all axes, for early stopping."""
     rows = data.split.development
-    said = decided(judge, task, data, rows, [0.0] * len(task.axes))
-    counts = asserting.count(data.gold_axes(rows), said, ()).sum(0)
+    counts = asserting.count(data.gold_axes(rows), decided(classifier, data, rows), ()).sum(0)
     return float(counts[0] / counts[1])
 
 

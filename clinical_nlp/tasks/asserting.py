@@ -593,15 +593,23 @@ class AssertionClassifier:
         spans : (start, end) of each note, in any order.
         rules : what `assert_spans` says of them.
         """
-        said = [[axes_of(one) for one in own] for own in rules]
-        found = predict(self._model, self.task, self._tokenizer, texts, spans, said)
         return [
             [
                 one if chances is None else corrected(one, self.task.decide(chances, axes_of(one), self.thresholds))
-                for one, chances in zip(own, probabilities, strict=True)
+                for one, chances in zip(own, found, strict=True)
             ]
-            for own, probabilities in zip(rules, found, strict=True)
+            for own, found in zip(rules, self.probabilities(texts, spans, rules), strict=True)
         ]
+
+    def probabilities(
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+        rules: Sequence[Sequence[Assertion]],
+    ) -> list[list[list[np.ndarray] | None]]:
+        """Return what `predict` decides by; see the function of that name."""
+        said = [[axes_of(one) for one in own] for own in rules]
+        return predict(self._model, self.task, self._tokenizer, texts, spans, said)
 
 
 def check_classifier(name: str) -> Path:
