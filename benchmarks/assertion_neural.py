@@ -1,4 +1,4 @@
-"""The neural assertion classifier beside the rules, at hospitals of other idioms and with labelled patients of your own.
+"""A neural assertion classifier beside the rules, at hospitals of other idioms and with labelled patients of one's own.
 
     python benchmarks/assertion_neural.py --base_model FOLDER --output benchmarks/assertion_neural.json
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from conftest import MARKER, tree
-from tiny_models import write_encoder
+from tiny_models import write_words
 
 from clinical_nlp import cli
 from clinical_nlp.config import load_config
@@ -19,6 +20,7 @@ from clinical_nlp.extraction import extract
 from clinical_nlp.notes.writers.brat import write_document
 from clinical_nlp.recipes import assertion
 
+WORDS = "zilch no he has mother had . , fever cough seizure cleft palate possible"
 FINDINGS = ("fever", "cough", "seizure", "cleft palate")
 VOCABULARY = "id,label,synonyms,parents\nT:0,Finding,,\n" + "".join(
     f"T:{number},{name.capitalize()},,T:0\n" for number, name in enumerate(FINDINGS, start=1)
@@ -38,20 +40,21 @@ def run(tmp_path_factory):
     """A classifier that has learned that "zilch" denies."""
     folder = tmp_path_factory.mktemp("assertion")
     (folder / "brat").mkdir()
-    forms = {"Zilch {}.": "absent", "No {}.": "absent", "He has {}.": "present"}
-    for note in range(60):
+    forms = {"Zilch {}.": "absent", "No {}.": "absent", "He has {}.": "present", "Mother had {}.": "present"}
+    draw = random.Random(0)
+    for note in range(80):
         text, spans = "", []
-        for place, (form, presence) in enumerate(forms.items()):
-            finding = FINDINGS[(note + place) % len(FINDINGS)]
+        for form in draw.sample(sorted(forms), draw.randint(1, 3)):
+            finding = draw.choice(FINDINGS)
             start = len(text) + form.index("{")
             text += form.format(finding) + " "
-            spans.append({"start": start, "end": start + len(finding), "label": "problem", "presence": presence})
+            spans.append({"start": start, "end": start + len(finding), "label": "problem", "presence": forms[form]})
         write_document(folder / "brat" / f"n{note:03d}.txt", text, spans)
     values = {
         "corpus": {"name": "ehr_export", "path": str(folder / "brat"), "options": {"format": "brat"}},
-        "base_model": str(write_encoder(folder / "encoder")),
+        "base_model": str(write_words(folder / "encoder", WORDS)),
         "strategy.name": "full",
-        "training": {"epochs": 8, "learning_rate": 1e-3, "batch_size": 8},
+        "training": {"epochs": 12, "learning_rate": 2e-3, "batch_size": 4},
         "split": {"name": "random", "development": 0.2, "test": 0.2},
     }
     done = assertion.run(load_config(assertion.CONFIG, None, values), folder / "run")

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from tiny_models import write_encoder
+from tiny_models import write_words
 
 from clinical_nlp import cli
 from clinical_nlp.config import load_config
@@ -17,10 +17,11 @@ from clinical_nlp.runs import Estimate, Run
 from clinical_nlp.tasks.asserting import LEFT_TO_RULES, AssertionClassifier, axes_of, check_classifier
 
 FINDINGS = ("fever", "cough", "seizures", "chest pain", "diarrhea", "vertigo")
+WORDS = "subjective : . zilch no he has there is mother had fever cough seizures chest pain diarrhea vertigo"
 SAID = {"Zilch {}.": "absent", "No {}.": "absent", "He has {}.": "present", "There is {}.": "present"}
 
 
-def write_corrections(folder, patients=40):
+def write_corrections(folder, patients=55):
     """BRAT files of two notes a patient, whose readers know that "zilch" denies."""
     draw = random.Random(0)
     rows = ["patient_id,shared_patient_id"]
@@ -46,10 +47,10 @@ def values(tmp_path_factory):
         "corpus.name": "ehr_export",
         "corpus.path": str(brat),
         "corpus.options": {"format": "brat", "patient_map": str(brat / "patient_map.csv")},
-        "base_model": str(write_encoder(folder / "encoder")),
+        "base_model": str(write_words(folder / "encoder", WORDS)),
         "strategy": {"name": "full"},
-        "training": {"epochs": 12, "learning_rate": 1e-3, "batch_size": 8},
-        "split": {"name": "random", "development": 0.15, "test": 0.55},
+        "training": {"epochs": 12, "learning_rate": 2e-3, "batch_size": 4},
+        "split": {"name": "random", "development": 0.2, "test": 0.4},
     }
 
 
@@ -97,13 +98,12 @@ def test_a_loaded_run_says_what_was_scored(done, values):
     found = classifier.predict(*([part[row] for row in rows] for part in (data.texts, data.spans, data.rules)))
     counts = assertion.asserting.count(data.gold_axes(rows), [[axes_of(one) for one in own] for own in found], ())
     assert counts[:, 0].sum() / counts[:, 1].sum() == pytest.approx(done.metrics["test.all_axes"]["value"])
-    (said,) = classifier.predict(
-        ["Zilch fever. No cough. Mother had fever."], [[(6, 11), (16, 21), (34, 39)]],
-        [assert_spans("Zilch fever. No cough. Mother had fever.", [(6, 11), (16, 21), (34, 39)])],
-    )  # fmt: skip
+    text = "Subjective:\nZilch fever.\nNo cough.\nMother had vertigo.\n"
+    spans = [(start, start + len(word)) for word in ("fever", "cough", "vertigo") for start in [text.index(word)]]
+    (said,) = classifier.predict([text], [spans], [assert_spans(text, spans)])
     assert [one.presence for one in said] == ["absent", "absent", "present"]
     assert said[0].cues == ()
-    assert said[1].cues == (("absent", 13, 15),)
+    assert said[1].cues == (("absent", text.index("No"), text.index("No") + 2),)
     assert said[2].experiencer == "family"
 
 
