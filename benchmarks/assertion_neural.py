@@ -32,7 +32,7 @@ from clinical_nlp.config import SplitConfig, load_config
 from clinical_nlp.notes.splitting import Split
 from clinical_nlp.recipes import assertion
 from clinical_nlp.runs import Estimate, Run, package_versions, write_json
-from clinical_nlp.tasks.asserting import AssertionClassifier
+from clinical_nlp.tasks.asserting import AssertionClassifier, AssertionTask
 
 MEASURES = (
     "all_axes", "macro_f1", "f1.absent", "f1.uncertain", "f1.historical", "f1.future", "f1.hypothetical",
@@ -79,11 +79,21 @@ def fitted(data: assertion.Asserted, work: Path, options: argparse.Namespace, ru
     return classifier, run
 
 
-def scored(classifier: AssertionClassifier, data: assertion.Asserted, rows: np.ndarray) -> dict[str, Any]:
-    """Return the scores of the classifier beside the rules, on some notes."""
+def judged(classifier: AssertionClassifier, data: assertion.Asserted, rows: np.ndarray) -> tuple[Any, float]:
+    """Return the probabilities of the spans of some notes, and the processor seconds a note."""
     began = time.process_time()
-    said = assertion.decided(classifier, data, rows)
-    seconds = time.process_time() - began
+    found = classifier.probabilities(*data.questions(rows))
+    return found, (time.process_time() - began) / len(rows)
+
+
+def scored(
+    task: AssertionTask, thresholds: Sequence[float], found: Any, data: assertion.Asserted, rows: np.ndarray
+) -> dict[str, Any]:
+    """Return the scores of the classifier beside the rules, on some notes."""
+    said = [
+        [rule if one is None else task.decide(one, rule, thresholds) for one, rule in zip(own, rules, strict=True)]
+        for own, rules in zip(found, data.rule_axes(rows), strict=True)
+    ]
     found = assertion.score(data, rows, said, seed=0)
     scores: dict[str, Any] = {"changed": _row(found["test.changed"])}
     for measure in MEASURES:
@@ -93,7 +103,6 @@ def scored(classifier: AssertionClassifier, data: assertion.Asserted, rows: np.n
     return {
         "n_spans": data.count(rows),
         "words_per_note": round(sum(len(data.texts[row].split()) for row in rows) / len(rows)),
-        "notes_per_processor_second": round(len(rows) / seconds, 1),
         "scores": scores,
     }
 
@@ -125,9 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", required=True, help="folder of a small encoder")
     parser.add_argument("--strategy", default="bottleneck")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of each training")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of each training")
     parser.add_argument("--patients", type=int, nargs="+", default=[20, 80, 320], help="labelled patients of one's own")
-    parser.add_argument("--test_patients", type=int, default=120)
+    parser.add_argument("--test_patients", type=int, default=80, help="other patients of that hospital")
+    parser.add_argument("--target_patients", type=int, default=30, help="of each of the three other hospitals")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -153,16 +163,20 @@ def main() -> None:
         work = Path(name)
         source = hospital("development", 0, 3, 60)
         train, development = shares(sorted({source.patients[row] for row in source.split.train}))
-        target = hospital("held_out", 1000, 3, 60)
-        for rules in (True, False):
-            classifier, run = fitted(parted(source, train, development, []), work, options, rules)
-            alone = AssertionClassifier(
-                classifier._model, classifier.task, classifier._tokenizer, [0.0] * len(classifier.task.axes)
-            )
-            for kind, each in (("with thresholds", classifier), ("alone", alone)):
-                setting = f"rules {'an' if rules else 'no'} input, {kind}"
-                keep("transfer", {"setting": setting, "training": how(run)} | scored(each, target, target.split.train))
+        source = parted(source, train, development, [])
+        target = hospital("held_out", 1000, 3, options.target_patients)
 
+        def transfer(rules: bool) -> None:
+            classifier, run = fitted(source, work, options, rules)
+            rows = target.split.train
+            found, seconds = judged(classifier, target, rows)
+            told = {"training": how(run), "notes_per_processor_second": round(1 / seconds, 1)}
+            zeros = [0.0] * len(classifier.task.axes)
+            for kind, thresholds in (("with thresholds", classifier.thresholds), ("alone", zeros)):
+                setting = f"rules {'an' if rules else 'no'} input, {kind}"
+                keep("transfer", {"setting": setting} | told | scored(classifier.task, thresholds, found, target, rows))
+
+        transfer(True)
         most = max(options.patients)
         own = hospital("held_out", 2000, 1, most + options.test_patients)
         names = sorted({own.patients[row] for row in own.split.train})
@@ -171,7 +185,11 @@ def main() -> None:
         for n in options.patients:
             data = parted(own, *shares(order[:n]), held_out)
             classifier, run = fitted(data, work, options, True)
-            keep("own", {"setting": n, "training": how(run)} | scored(classifier, data, data.split.test))
+            found, seconds = judged(classifier, data, data.split.test)
+            told = {"training": how(run), "notes_per_processor_second": round(1 / seconds, 1)}
+            scores = scored(classifier.task, classifier.thresholds, found, data, data.split.test)
+            keep("own", {"setting": n} | told | scores)
+        transfer(False)
 
 
 if __name__ == "__main__":
