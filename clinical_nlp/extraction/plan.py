@@ -246,11 +246,10 @@ def _verifier_digest(name: str) -> str | None:
 
 def _classifier_digest(name: str) -> str:
     """Digest of an assertion run, with that of the base model that its adapter lies on."""
-    from clinical_nlp.models.resolve import resolve_model
     from clinical_nlp.tasks.asserting import check_classifier
 
-    folder = check_classifier(name)
-    return f"{_model_digest(folder)} {resolve_model(name).digest}"
+    resolved = check_classifier(name)
+    return f"{_model_digest(Path(name))} {resolved.digest}"
 
 
 def _model_digest(folder: Path) -> str:

@@ -26,6 +26,7 @@ from clinical_nlp.language.sections import Section, find_sections
 from clinical_nlp.language.sentences import find_sentences
 from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
 from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
+from clinical_nlp.models.resolve import ResolvedModel, resolve_model
 from clinical_nlp.notes.schema import EXPERIENCER, MODALITY, PRESENCE, TEMPORALITY, Assertion
 from clinical_nlp.runs import Estimate, Run, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
@@ -606,14 +607,10 @@ class AssertionClassifier:
         Raises
         ------
         ModelError : the run is of another recipe, or damaged.
+        RunError : it is half-written.
         """
         folder = Path(run)
-        Run.load(folder)
-        told = read_task(folder)
-        if told.get("task") != "assertion":
-            raise ModelError(f"run {folder} was trained for {told.get('task')}, not for assertion")
-        axes = tuple((axis, tuple(values)) for axis, values in told["axes"].items())
-        task = AssertionTask(axes, told["window"], told["rules"])
+        task, told = _told(folder)
         base = load_base(str(folder), quantization=told["quantization"], bidirectional=True)
         model = build_model(base.network, task, seed=0)
         load_head(model, folder)
@@ -654,24 +651,37 @@ class AssertionClassifier:
         return predict(self._model, self.task, self._tokenizer, texts, spans, said)
 
 
-def check_classifier(name: str) -> Path:
-    """Return the folder of the run that `--assertion` names, and refuse what is no finished run of the recipe.
+def _told(folder: Path) -> tuple[AssertionTask, dict[str, Any]]:
+    """Return what a finished run was trained to do, and its `task.json`."""
+    Run.load(folder)
+    told = read_task(folder)
+    if told.get("task") != "assertion":
+        raise ModelError(f"run {folder} was trained for {told.get('task')}, not for assertion")
+    try:
+        axes = tuple((axis, tuple(values)) for axis, values in told["axes"].items())
+        whole = len(told["thresholds"]) == len(axes) and "quantization" in told
+        task = AssertionTask(axes, told["window"], told["rules"])
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole or not (folder / "head.safetensors").is_file():
+        raise ModelError(f"run {folder} is damaged; copy it again")
+    return task, told
+
+
+def check_classifier(name: str) -> ResolvedModel:
+    """Resolve what `--assertion` names, and refuse what is no finished run of the recipe.
 
     Raises
     ------
-    UsageError : it is not there, half-written, or was trained for something else.
+    UsageError : it is not there, half-written, damaged, or was trained for something else; or its base model is gone.
     """
-    folder = Path(name)
     try:
-        if not folder.is_dir():
+        if not Path(name).is_dir():
             raise UsageError("no such run directory")
-        Run.load(folder)
-        told = read_task(folder)
-        if told.get("task") != "assertion":
-            raise UsageError(f"was trained for {told.get('task')}; name a run of the recipe assertion")
+        _told(Path(name))
+        return resolve_model(name)
     except ClinicalNlpError as error:
         raise UsageError(f"--assertion {name}: {error}") from None
-    return folder
 
 
 def save(

@@ -191,7 +191,7 @@ def test_a_note_that_it_fails_on_costs_only_itself(export, options, tmp_path, mo
     assert MARKER not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("kind", ["nothing there", "half-written", "another task", "damaged"])
+@pytest.mark.parametrize("kind", ["nothing there", "half-written", "another task", "damaged", "in part", "no head"])
 def test_what_is_no_classifier_is_refused_in_one_line(kind, export, options, run, tmp_path, capsys):
     folder = tmp_path / "run"
     if kind != "nothing there":
@@ -202,6 +202,10 @@ def test_what_is_no_classifier_is_refused_in_one_line(kind, export, options, run
         (folder / "task.json").write_text(json.dumps({"task": "ner"}))
     if kind == "damaged":
         (folder / "task.json").write_text("{")
+    if kind == "in part":
+        (folder / "task.json").write_text(json.dumps({"task": "assertion"}))
+    if kind == "no head":
+        (folder / "head.safetensors").unlink()
     words = ["extract", str(export), "--format", "text", "--terminology", options["terminology"]]
     code = cli.main([*words, "--assertion", str(folder), "--output", str(tmp_path / "out")])
     told = capsys.readouterr().err.strip()

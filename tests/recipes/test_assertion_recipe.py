@@ -165,14 +165,14 @@ def test_what_cannot_be_learned_from(values, tmp_path):
 
 
 def test_what_is_no_classifier(done, tmp_path):
-    assert check_classifier(str(done.path)) == done.path
+    assert check_classifier(str(done.path)).parent_run == done.path
     with pytest.raises(UsageError, match=r"--assertion .*: no such run directory"):
         check_classifier(str(tmp_path / "none"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "manifest.json").write_text("{}")
     (other / "task.json").write_text(json.dumps({"task": "ner"}))
-    with pytest.raises(UsageError, match="was trained for ner"):
+    with pytest.raises(UsageError, match="was trained for ner, not for assertion"):
         check_classifier(str(other))
     with pytest.raises(ModelError, match="not for assertion"):
         AssertionClassifier.load(other)
