@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 import tempfile
 import time
@@ -60,9 +61,11 @@ def parted(data: assertion.Asserted, train: Sequence[str], development: Sequence
     return replace(data, split=split)
 
 
-def fitted(data: assertion.Asserted, work: Path, options: argparse.Namespace, rules: bool) -> tuple[Any, Run]:
+def fitted(
+    data: assertion.Asserted, work: Path, options: argparse.Namespace, rules: bool, steps: int
+) -> tuple[Any, Run]:
     """Train a classifier as the recipe does."""
-    training = {"epochs": 1000, "batch_size": 16}
+    training = {"epochs": 1000, "batch_size": 16, "precision": options.precision}
     config = load_config(
         assertion.CONFIG,
         None,
@@ -71,7 +74,7 @@ def fitted(data: assertion.Asserted, work: Path, options: argparse.Namespace, ru
             "strategy.name": options.strategy,
             "rules": rules,
             "training": training,
-            "max_steps": options.steps,
+            "max_steps": steps,
         },
     )
     with Run.open(Path(tempfile.mkdtemp(dir=work)) / "run", config, recipe="assertion") as run:
@@ -117,9 +120,9 @@ def _row(estimate: Estimate) -> dict[str, Any]:
 def how(run: Run) -> dict[str, Any]:
     """Return what a training was."""
     told = run.manifest["training"]
-    return {key: told[key] for key in ("steps", "passages", "tokens", "seconds", "trainable_parameters")} | {
-        "thresholds": run.manifest["thresholds"]
-    }
+    found = {key: told[key] for key in ("steps", "passages", "tokens", "seconds", "trainable_parameters")}
+    precision = run.manifest["config"]["training"]["precision"]
+    return found | {"precision": precision, "thresholds": run.manifest["thresholds"]}
 
 
 def shares(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -134,23 +137,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base_model", required=True, help="folder of a small encoder")
     parser.add_argument("--strategy", default="bottleneck")
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of each training")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of the transfer")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the trainings")
     parser.add_argument("--patients", type=int, nargs="+", default=[20, 80, 320], help="labelled patients of one's own")
-    parser.add_argument("--test_patients", type=int, default=80, help="other patients of that hospital")
+    parser.add_argument("--own_steps", type=int, nargs="+", default=[100, 150, 200], help="optimiser steps of each")
+    parser.add_argument("--test_patients", type=int, default=60, help="other patients of that hospital")
     parser.add_argument("--target_patients", type=int, default=30, help="of each of the three other hospitals")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    result: dict[str, Any] = {
+    result: dict[str, Any] = {"transfer": [], "own": []}
+    if options.output.is_file():  # cells that are there are not run again
+        result = json.loads(options.output.read_text("utf-8"))
+    result |= {
         "benchmark": "assertion_neural",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(1),
         "packages": package_versions(),
-        "arguments": {
-            "base_model": Path(options.base_model).parent.name, "strategy": options.strategy, "steps": options.steps,
-        },
-        "transfer": [],
-        "own": [],
-    }  # fmt: skip
+        "arguments": {"base_model": Path(options.base_model).parent.name, "strategy": options.strategy},
+    }
+    settings = [row["setting"] for part in ("transfer", "own") for row in result[part]]
 
     def keep(part: str, row: dict[str, Any]) -> None:
         result[part].append(row)
@@ -167,7 +172,9 @@ def main() -> None:
         target = hospital("held_out", 1000, 3, options.target_patients)
 
         def transfer(rules: bool) -> None:
-            classifier, run = fitted(source, work, options, rules)
+            if f"rules {'an' if rules else 'no'} input, alone" in settings:
+                return
+            classifier, run = fitted(source, work, options, rules, options.steps)
             rows = target.split.train
             found, seconds = judged(classifier, target, rows)
             told = {"training": how(run), "notes_per_processor_second": round(1 / seconds, 1)}
@@ -182,9 +189,11 @@ def main() -> None:
         names = sorted({own.patients[row] for row in own.split.train})
         order = [names[k] for k in np.random.default_rng(1).permutation(len(names))]
         held_out = order[most:]
-        for n in options.patients:
+        for n, steps in zip(options.patients, options.own_steps, strict=True):
+            if n in settings:
+                continue
             data = parted(own, *shares(order[:n]), held_out)
-            classifier, run = fitted(data, work, options, True)
+            classifier, run = fitted(data, work, options, True, steps)
             found, seconds = judged(classifier, data, data.split.test)
             told = {"training": how(run), "notes_per_processor_second": round(1 / seconds, 1)}
             scores = scored(classifier.task, classifier.thresholds, found, data, data.split.test)
