@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps of the transfer")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the trainings")
     parser.add_argument("--patients", type=int, nargs="+", default=[20, 80, 320], help="labelled patients of one's own")
-    parser.add_argument("--own_steps", type=int, nargs="+", default=[100, 150, 200], help="optimiser steps of each")
+    parser.add_argument("--own_steps", type=int, nargs="+", default=[100, 150, 150], help="optimiser steps of each")
     parser.add_argument("--test_patients", type=int, default=60, help="other patients of that hospital")
     parser.add_argument("--target_patients", type=int, default=30, help="of each of the three other hospitals")
     parser.add_argument("--output", type=Path, required=True)

@@ -275,8 +275,14 @@ def score(data: Asserted, rows: np.ndarray, said: Sequence[Sequence[Axes]], *, s
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def verdict(gain: Estimate) -> tuple[str, str]:
+def verdict(gain: Estimate, *, nothing_changed: bool) -> tuple[str, str]:
     """Say in one sentence whether to use the classifier, and in which tone."""
+    if nothing_changed:
+        return (
+            "On the development patients the classifier was on no axis better than the rules, which therefore decide "
+            "everything: leave it out.",
+            "caution",
+        )
     if np.isnan(gain.low):
         return f"Too little to tell whether the classifier is better than the rules ({gain.note}).", "caution"
     if gain.low > 0:
@@ -291,7 +297,6 @@ def report(run: Run) -> str:
     from clinical_nlp.reporting.page import Notice, Section, Table, training_page
 
     metrics = {name: _estimate(entry) for name, entry in run.metrics.items()}
-    words, tone = verdict(metrics["test.gain.all_axes"])
     counts = run.manifest["spans"]["reported"]
     total = sum(counts.get(value, 0) for value in AXES["presence"])
     rows: list[list[Any]] = []
@@ -310,6 +315,7 @@ def report(run: Run) -> str:
     )
     thresholds = run.manifest["thresholds"]
     left = [axis for axis in AXES if thresholds.get(axis, asserting.LEFT_TO_RULES) > 1]
+    words, tone = verdict(metrics["test.gain.all_axes"], nothing_changed=len(left) == len(AXES))
     told = f"It changed the rules' answer for {metrics['test.changed'].value:.1%} of the spans."
     if left:
         told += f" The rules alone decide {', '.join(left)}."

@@ -117,7 +117,8 @@ def test_strategies_from_the_command_line(strategy, values, tmp_path, capsys):
     assert run.metrics["test.f1.absent"]["note"] == "fewer than 20 patients"
     assert set(run.manifest["axes"]) == {"presence", "temporality", "modality", "experiencer"}
     assert AssertionClassifier.load(run.path).task.rules
-    assert "Too little to tell" in (run.path / "report.html").read_text("utf-8")
+    page = (run.path / "report.html").read_text("utf-8")
+    assert "Too little to tell" in page or "leave it out" in page
     assert (run.path / "adapter").is_dir() == (strategy != "head")
 
 
@@ -138,12 +139,14 @@ def test_resumed_it_is_the_same_run(values, tmp_path):
 
 def test_verdicts():
     def gain(value, low, high, note=""):
-        return assertion.verdict(Estimate(value, low, high, 30, 60, "test", note))
+        return assertion.verdict(Estimate(value, low, high, 30, 60, "test", note), nothing_changed=False)
 
     assert gain(0.1, 0.05, 0.2)[1] == "good"
     assert gain(-0.1, -0.2, -0.05)[1] == "bad"
     assert gain(0.01, -0.2, 0.05)[1] == "caution"
     assert "fewer than 20" in gain(0.1, np.nan, np.nan, "fewer than 20 patients")[0]
+    same = Estimate(0.0, np.nan, np.nan, 30, 60, "test", "every patient scores alike")
+    assert "leave it out" in assertion.verdict(same, nothing_changed=True)[0]
 
 
 def test_what_cannot_be_learned_from(values, tmp_path):
