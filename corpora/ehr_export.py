@@ -1,4 +1,4 @@
-"""A hospital's own export, in any format that a reader knows; with its codes where a table of them is given."""
+"""A hospital's own export, in any format that a reader knows; with a table of codes, or the spans of BRAT files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from clinical_nlp.corpora._files import collect, listed, loaded, read_rows
 from clinical_nlp.errors import InputError, MissingDataError, UsageError, nearest
 from clinical_nlp.notes.corpus import Card, Corpus, corpus_path
 from clinical_nlp.notes.readers import FORMATS, ReadOptions, read_notes, read_patients
+from clinical_nlp.notes.readers.brat import read_spans
 from clinical_nlp.notes.schema import CODE_SCHEMA, PATIENT_SCHEMA
 
 CARD = Card(
@@ -49,7 +50,8 @@ def load(path: Path | None = None, *, format: str, codes: str | None = None, **o
 
     Returns
     -------
-    Corpus with notes, patients and codes. What was skipped or rejected is counted, by reason, on the card.
+    Corpus with notes, patients, codes, and the spans of BRAT files. What was skipped or rejected is counted, by reason,
+    on the card.
 
     Raises
     ------
@@ -72,11 +74,14 @@ def load(path: Path | None = None, *, format: str, codes: str | None = None, **o
     )
     card = replace(CARD, institution_means=f"what the {format} export names at the level chosen: {level}")
     table = None if codes is None else read_codes(Path(codes), notes, left_out)
+    spans = read_gold(source, chosen, notes, left_out) if format == "brat" else None
     counts = f"{len(notes)} notes" + ("" if table is None else f", {len(table)} codes")
+    counts += "" if spans is None else f", {len(spans)} spans"
     return Corpus(
         notes=notes,
         card=loaded(card, counts + listed(left_out)),
         codes=table,
+        spans=spans,
         patients=pa.Table.from_pylist(rows, schema=PATIENT_SCHEMA),
     )
 
@@ -130,6 +135,25 @@ def read_codes(path: Path, notes: pa.Table, left_out: Counter[str]) -> pa.Table:
             },
         )
     return pa.Table.from_pylist(list(found.values()), schema=CODE_SCHEMA)
+
+
+def read_gold(source: Path, options: ReadOptions, notes: pa.Table, left_out: Counter[str]) -> pa.Table | None:
+    """Read the spans of BRAT files, for the notes that were read.
+
+    Returns
+    -------
+    None where a text has no `.ann` file beside it: of such a note nothing is known, and it must not be learned as one
+    without spans. How many there are is counted in `left_out`.
+    """
+    folder = source if source.is_dir() else source.parent
+    if bare := sum(not (folder / name).with_suffix(".ann").is_file() for name in notes["source"].to_pylist()):
+        left_out["without .ann file, so that no spans are read"] += bare
+        return None
+    found = read_spans(source, options)
+    left_out.update(f"rejected ({item.reason})" for item in found.rejected)
+    here = set(zip(notes["institution"].to_pylist(), notes["note_id"].to_pylist(), strict=True))
+    keys = zip(found.table["institution"].to_pylist(), found.table["note_id"].to_pylist(), strict=True)
+    return found.table.filter(pa.array([key in here for key in keys], pa.bool_()))
 
 
 def read_options(values: Mapping[str, Any]) -> ReadOptions:

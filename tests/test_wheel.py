@@ -160,6 +160,7 @@ SMALL = {
     "drift": [*SMALL_CORPUS, "--n_permutations", "19"],
     "report": ["--corpus.options.institutions", "1", "--corpus.options.patients", "40", "--max_steps", "1",
                "--zero_shot_notes", "2"],
+    "assertion": [*SMALL_CORPUS, "--base_model", "encoder", "--max_steps", "1"],
     "link": [*SMALL_CORPUS, "--base_model", "encoder", "--max_steps", "1", "--pairs", "8", "--spans", "100",
              "--precision", "0.01"],
     "merge": ["--run", "runs-dapt"],

@@ -57,3 +57,19 @@ def write_encoder(folder: Path) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return write_tokenizer(folder)
+
+
+def write_words(folder: Path, words: str) -> Path:
+    """Write an encoder of 64 dimensions whose tokens are these words, in any case; others are `<unk>`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<pad>", "<s>", "</s>", "<unk>", *sorted(set(words.lower().split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    write_encoder(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder

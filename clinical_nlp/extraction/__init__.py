@@ -88,6 +88,7 @@ def extract(
     output: str | os.PathLike[str],
     model: str | os.PathLike[str] | None = None,
     verify: str | os.PathLike[str] | None = None,
+    assertion: str | os.PathLike[str] | None = None,
     terminology: str | os.PathLike[str] = "hpo",
     engine: str = "local",
     workers: int = 1,
@@ -109,6 +110,8 @@ def extract(
         is asked where the lanes disagree; see `clinical_nlp.tasks.verifying`. It picks one of the listed concepts or
         none of them. No mention is added or removed: one that means none of them loses its concept and keeps its row,
         one that the model cannot decide stays as it was, and the column `verified` says which.
+    assertion : directory of an assertion run. Its classifier corrects what the rules say of each mention, where it is
+        as sure as the run found right on development patients; the rules decide the rest.
     terminology : hpo, hpo_wide, icd10cm or a file; `athena:DIR` is hpo with `vocabulary=DIR`.
     engine : local or spark (the session that is active, else a local one; it is left open in the first case). The
         outputs are byte for byte the same.
@@ -149,6 +152,7 @@ def extract(
             "format": format,
             "model": None if model is None else os.fspath(model),
             "verify": None if verify is None else os.fspath(verify),
+            "assertion": None if assertion is None else os.fspath(assertion),
             "terminology": os.fspath(terminology),
             "engine": engine,
             "workers": workers,
@@ -323,6 +327,7 @@ def _process(
         "model": config.model,
         "measurements": config.measurements,
         "verify": config.verify,
+        "assertion": config.assertion,
         "workers": config.workers,
     }
     if session is None:

@@ -41,6 +41,9 @@ class ExtractionConfig(Config):
     verify: str | None = None
     """A causal language model (directory of a dapt or report run, a local model folder, or builtin:tiny) that is asked
     where the lanes disagree, and picks from listed concepts alone; see the column `verified` of mentions."""
+    assertion: str | None = None
+    """Directory of an assertion run, whose classifier corrects what the rules say of a mention (present, absent, of the
+    family, ...) where it is sure enough."""
     terminology: str = "hpo"
     """hpo, hpo_wide, icd10cm, or a file of your own (.obo, .json, .csv). athena:DIR is hpo with --vocabulary DIR."""
     measurements: bool = False
@@ -178,7 +181,7 @@ def make_plan(config: ExtractionConfig, *, terminology: Any, source: Path, input
     return {
         "format_version": 1,
         "system": SYSTEM,
-        "code": _code_digest(with_tasks=config.model is not None or config.verify is not None),
+        "code": _code_digest(with_tasks=any((config.model, config.verify, config.assertion))),
         "config": config.model_dump(mode="json"),
         "terminology": {
             "name": terminology.name,
@@ -187,6 +190,7 @@ def make_plan(config: ExtractionConfig, *, terminology: Any, source: Path, input
         },
         "model": None if config.model is None else _model_digest(Path(config.model)),
         "verify": None if config.verify is None else _verifier_digest(config.verify),
+        "assertion": None if config.assertion is None else _classifier_digest(config.assertion),
         "patient_map": _optional_digest(config.patient_map),
         "vocabulary": _vocabulary_digest(config.vocabulary),
         "export": {
@@ -200,6 +204,7 @@ _CHANGED = {
     "terminology": "the terminology changed",
     "model": "the model changed",
     "verify": "the model of --verify changed",
+    "assertion": "the model of --assertion changed",
     "patient_map": "the patient map changed",
     "vocabulary": "the vocabulary changed",
     "system": "clinical_nlp is another version",
@@ -277,6 +282,14 @@ def _verifier_digest(name: str) -> str | None:
     from clinical_nlp.tasks.verifying import check_verifier
 
     return check_verifier(name).digest
+
+
+def _classifier_digest(name: str) -> str:
+    """Digest of an assertion run, with that of the base model that its adapter lies on."""
+    from clinical_nlp.tasks.asserting import check_classifier
+
+    resolved = check_classifier(name)
+    return f"{_model_digest(Path(name))} {resolved.digest}"
 
 
 def _model_digest(folder: Path) -> str:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,18 +83,30 @@ class Annotated:
 
 
 class Extractor:
-    """What turns a note into mentions: the dictionary annotator, a model and a verifier where they are given."""
+    """What turns a note into mentions: the dictionary annotator, and where they are given a model, a classifier of
+    assertions and a verifier."""
 
     def __init__(
-        self, terminology: str, model: str | None = None, *, measurements: bool = False, verify: str | None = None
+        self,
+        terminology: str,
+        model: str | None = None,
+        *,
+        measurements: bool = False,
+        verify: str | None = None,
+        assertion: str | None = None,
     ) -> None:
         from clinical_nlp.language.mentions import Annotator
 
         self._annotator = Annotator(terminology, measurements=measurements)
         self._predictor: Any = None
+        self._classifier: Any = None
         self._verification: Any = None
         if model is not None:
             self._predictor = _predictor(Path(model), self._annotator)
+        if assertion is not None:
+            from clinical_nlp.tasks.asserting import AssertionClassifier
+
+            self._classifier = AssertionClassifier.load(assertion)
         if verify is not None:
             from clinical_nlp.tasks.verifying import CandidateVerifier, Verification
 
@@ -106,8 +118,11 @@ class Extractor:
 
     def annotate(self, notes: Sequence[Note]) -> list[Annotated]:
         """Annotate notes; one that cannot be annotated is rejected with the name of the error, and the rest go on."""
-        predicted = self._predict([note.text for note in notes])
-        return [self._annotate(note, spans) for note, spans in zip(notes, predicted, strict=True)]
+        texts = [note.text for note in notes]
+        found = [self._mentions(text, spans) for text, spans in zip(texts, self._predict(texts), strict=True)]
+        if self._classifier is not None:
+            found = self._asserted(texts, found)
+        return [self._annotate(note, mentions) for note, mentions in zip(notes, found, strict=True)]
 
     def _predict(self, texts: list[str]) -> list[list[Any] | str]:
         """Return the model's spans of each text, or the name of the error that the text makes it raise."""
@@ -125,19 +140,50 @@ class Extractor:
         except Exception as error:
             return type(error).__name__
 
-    def _annotate(self, note: Note, spans: list[Any] | str) -> Annotated:
+    def _mentions(self, text: str, spans: list[Any] | str) -> list[Any] | str:
+        """Return the mentions of a text, or the name of the error that the text raises."""
         if isinstance(spans, str):
-            return Annotated(reason=spans)
+            return spans
         try:
-            return Annotated(rows=tuple(self._rows(note, spans)))
+            return list(self._annotator.annotate(text, extra_spans=spans))
+        except Exception as error:
+            return type(error).__name__
+
+    def _asserted(self, texts: list[str], found: list[list[Any] | str]) -> list[list[Any] | str]:
+        """Return the mentions with what the classifier makes of the rules' assertions."""
+        held = {row: mentions for row, mentions in enumerate(found) if mentions and not isinstance(mentions, str)}
+        if not held:
+            return found
+        given = (
+            [texts[row] for row in held],
+            [[(mention.start, mention.end) for mention in mentions] for mentions in held.values()],
+            [[mention.assertion for mention in mentions] for mentions in held.values()],
+        )
+        with one_thread():
+            try:
+                said = self._classifier.predict(*given)
+            except Exception as error:
+                if len(held) == 1:
+                    return [type(error).__name__ if row in held else own for row, own in enumerate(found)]
+                return [self._asserted([text], [own])[0] for text, own in zip(texts, found, strict=True)]
+        corrected = list(found)
+        for (row, mentions), assertions in zip(held.items(), said, strict=True):
+            corrected[row] = [replace(m, assertion=one) for m, one in zip(mentions, assertions, strict=True)]
+        return corrected
+
+    def _annotate(self, note: Note, mentions: list[Any] | str) -> Annotated:
+        if isinstance(mentions, str):
+            return Annotated(reason=mentions)
+        try:
+            return Annotated(rows=tuple(self._rows(note, mentions)))
         # The message of an unknown error may quote the note, so only its type is kept.
         except Exception as error:
             return Annotated(reason=type(error).__name__)
 
-    def _rows(self, note: Note, spans: list[Any]) -> Iterator[dict[str, Any]]:
+    def _rows(self, note: Note, mentions: list[Any]) -> Iterator[dict[str, Any]]:
         terminology = self._annotator.terminology
         digests: dict[tuple[int, int], str | None] = {}  # a note without punctuation is one long sentence
-        for mention, verified in self._verified(note.text, self._annotator.annotate(note.text, extra_spans=spans)):
+        for mention, verified in self._verified(note.text, mentions):
             covered = note.text[mention.start : mention.end]
             covered.encode("utf-8")
             if covered != mention.text or not covered or mention.lane not in _LANES:

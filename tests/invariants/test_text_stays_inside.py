@@ -31,9 +31,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir(parents=True)
     for number in range(24):
         text = f"{MARKER} took aspirin for pain {number}. No fever, {MARKER} said.\n"
-        start = text.index("aspirin")
+        start, fever = text.index("aspirin"), text.index("fever")
         (root / "in" / "notes" / f"n{number}.txt").write_text(text)
-        (root / "in" / "notes" / f"n{number}.ann").write_text(f"T1\tDrug {start} {start + 7}\taspirin\n")
+        (root / "in" / "notes" / f"n{number}.ann").write_text(
+            f"T1\tDrug {start} {start + 7}\taspirin\nT2\tProblem {fever} {fever + 5}\tfever\nA1\tNegation T2\n"
+        )
     write_decoder(root / "in" / "model")
     return root
 
@@ -56,6 +58,8 @@ COMMANDS = {
     "dapt": ["run", "dapt", "--corpus", "ehr_export", "--corpus.path", "../in/notes", "--corpus.options.format=brat",
              "--deduplicate=null", "--max_steps", "2", *TRAINING],
     "ner": ["run", "ner", "--corpus", "n2c2", "--corpus.path", "../in/notes", "--max_steps", "2", *TRAINING],
+    "assertion": ["run", "assertion", "--corpus", "ehr_export", "--corpus.path", "../in/notes",
+                  "--corpus.options.format=brat", "--max_steps", "2", *TRAINING],
     "drift": ["drift", "../in/notes", "--format", "brat", "--institution_from", "source", "--model", "../in/model"],
     "extract": ["extract", "../in/notes", "--format", "brat", "--institution", "A", "--workers", "2"],
 }  # fmt: skip

@@ -29,6 +29,7 @@ def process(
     model: str | None,
     measurements: bool,
     verify: str | None,
+    assertion: str | None,
     workers: int,
     apart: bool = False,
 ) -> Iterator[dict[str, Any]]:
@@ -38,21 +39,23 @@ def process(
     ----------
     shards : what is to be done; taken one at a time, so that memory stays flat.
     output : the run directory.
-    terminology, model, measurements, verify : as in the config.
+    terminology, model, measurements, verify, assertion : as in the config.
     workers : with 1, this process does the work, but for a shard in which an earlier process was killed.
     apart : never work in this process.
     """
     if workers > 1 or apart:
-        yield from _Pool(output, terminology, model, measurements, verify, workers).process(shards)
+        yield from _Pool(output, terminology, model, measurements, verify, assertion, workers).process(shards)
         return
     extractor = None
     for shard in shards:
         mark = output / STAGE / "begun" / str(shard.index)
         if mark.exists():
-            yield from _Pool(output, terminology, model, measurements, verify, 1).process([shard])
+            yield from _Pool(output, terminology, model, measurements, verify, assertion, 1).process([shard])
             mark.unlink()
             continue
-        extractor = extractor or Extractor(terminology, model, measurements=measurements, verify=verify)
+        extractor = extractor or Extractor(
+            terminology, model, measurements=measurements, verify=verify, assertion=assertion
+        )
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         try:
@@ -87,9 +90,11 @@ class _Pool:
         model: str | None,
         measurements: bool,
         verify: str | None,
+        assertion: str | None,
         workers: int,
     ) -> None:
-        self._arguments = (str(output), terminology, model or "", "measurements" if measurements else "", verify or "")
+        measured = "measurements" if measurements else ""
+        self._arguments = (str(output), terminology, model or "", measured, verify or "", assertion or "")
         self._output, self._size = output, workers
         self._workers: list[_Worker] = []
 

@@ -116,6 +116,7 @@ def process(
     model: str | None,
     measurements: bool,
     verify: str | None,
+    assertion: str | None,
     workers: int,
 ) -> Iterator[dict[str, Any]]:
     """Work through shards on Spark and yield their ledger records in order.
@@ -125,10 +126,18 @@ def process(
     shards : what is to be done; no more than two waves are held at a time.
     output : the run directory, on the driver.
     session : a Spark session.
-    terminology, model, measurements, verify : as in the config; the paths are ones that the executors know too.
+    terminology, model, measurements, verify, assertion : as in the config; the paths are ones that the executors know
+        too.
     workers : shards that are worked on at a time, where the session does not say.
     """
-    batch = _Batch(session, terminology, _absolute(model), measurements, _absolute(verify))
+    batch = _Batch(
+        session,
+        terminology=terminology,
+        model=_absolute(model),
+        measurements=measurements,
+        verify=_absolute(verify),
+        assertion=_absolute(assertion),
+    )
     batch.probe()
     size = _parallelism(session, workers)
     stream = iter(shards)
@@ -163,11 +172,9 @@ def _parallelism(session: Any, workers: int) -> int:
 class _Batch:
     """Annotates lists of notes on Spark; a note that ends its worker process is found and rejected."""
 
-    def __init__(
-        self, session: Any, terminology: str, model: str | None, measurements: bool, verify: str | None
-    ) -> None:
+    def __init__(self, session: Any, **how: Any) -> None:
         self._session = session
-        self._work = partial(_annotate, terminology=terminology, model=model, measurements=measurements, verify=verify)
+        self._work = partial(_annotate, **how)
 
     def probe(self) -> None:
         """Annotate a harmless note, so that what is wrong with the cluster is not taken for the notes' fault.
@@ -234,21 +241,19 @@ def _annotated(row: Mapping[str, Any], n_notes: int) -> list[Annotated]:
 
 
 @lru_cache(maxsize=1)
-def _extractor(terminology: str, model: str | None, measurements: bool, verify: str | None) -> Extractor:
-    return Extractor(terminology, model, measurements=measurements, verify=verify)
+def _extractor(**how: Any) -> Extractor:
+    return Extractor(**how)
 
 
-def _annotate(
-    batches: Iterator[pa.RecordBatch], terminology: str, model: str | None, measurements: bool, verify: str | None
-) -> Iterator[pa.RecordBatch]:
-    """Annotate on an executor: rows of `_ROW` from rows of (shard, notes)."""
+def _annotate(batches: Iterator[pa.RecordBatch], **how: Any) -> Iterator[pa.RecordBatch]:
+    """Annotate on an executor, with an `Extractor` made as `how` says: rows of `_ROW` from rows of (shard, notes)."""
     names = [part.partition(" ")[0] for part in _ROW.split(", ")]
     # What a library prints about its input would be note text in the executor's log.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
             for batch in batches:
                 for task in batch.to_pylist():
-                    extractor = _extractor(terminology, model, measurements, verify)
+                    extractor = _extractor(**how)
                     annotated = extractor.annotate(list(iter_notes(_from_ipc(task["notes"]))))
                     rows = [row | {"place": place} for place, note in enumerate(annotated) for row in note.rows]
                     mentions = _to_ipc(pa.Table.from_pylist(rows, schema=_FOUND))

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     """Serve until the pipe closes.
 
     Arguments: three pipe ends, then `notes`, the output, the terminology, the model or nothing, `measurements` or
-    nothing and the verifier or nothing; or `patients` and the config as JSON.
+    nothing, and the verifier and the assertion run, each or nothing; or `patients` and the config as JSON.
     """
     tasks = Connection(int(arguments[0]), writable=False)
     answers = Connection(int(arguments[1]), readable=False)
@@ -47,10 +47,18 @@ def main(arguments: list[str]) -> None:
         answers.send(("failed", RunError(f"a worker failed with {type(error).__name__}")))
 
 
-def _notes(output: str, terminology: str, model: str, measurements: str, verify: str) -> Callable[[str, Any], Any]:
+def _notes(
+    output: str, terminology: str, model: str, measurements: str, verify: str, assertion: str
+) -> Callable[[str, Any], Any]:
     from clinical_nlp.extraction.shards import Extractor, outcomes, to_annotate, write_shard
 
-    extractor = Extractor(terminology, model or None, measurements=bool(measurements), verify=verify or None)
+    extractor = Extractor(
+        terminology,
+        model or None,
+        measurements=bool(measurements),
+        verify=verify or None,
+        assertion=assertion or None,
+    )
 
     def work(kind: str, task: Any) -> Any:
         if kind == "note":
