@@ -289,15 +289,15 @@ def _classifier_digest(name: str) -> str:
     from clinical_nlp.tasks.asserting import check_classifier
 
     resolved = check_classifier(name)
-    return f"{_model_digest(Path(name))} {resolved.digest}"
+    return f"{_run_digest(Path(name))} {resolved.digest}"
 
 
 def _model_digest(folder: Path) -> str:
-    """Digest of a run directory without its checkpoints and logs.
+    """Digest of a finished run that marks or links spans.
 
     Raises
     ------
-    UsageError : it is no finished run that marks or links spans.
+    UsageError : it is something else.
     """
     from clinical_nlp.models.loading import read_task
 
@@ -310,6 +310,11 @@ def _model_digest(folder: Path) -> str:
         raise UsageError(f"--model {folder}: {error}") from None
     if task not in ("ner", "linking"):
         raise UsageError(f"--model {folder}: was trained for {task}; name an ner or a link run")
+    return _run_digest(folder)
+
+
+def _run_digest(folder: Path) -> str:
+    """Digest of a run directory without its checkpoints and logs."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
