@@ -92,7 +92,7 @@ def write_notes(path: Path, pool: Sequence[str], count: int) -> None:
 class StubExtractor:
     """Finds one mention at the beginning of every note, at no cost."""
 
-    def __init__(self, terminology: str, model: str | None = None, *, measurements: bool = False) -> None:
+    def __init__(self, terminology: str, model: str | None = None, **lanes: Any) -> None:
         pass
 
     def annotate(self, notes: Sequence[Note]) -> list[shards.Annotated]:

@@ -3,6 +3,8 @@
     python benchmarks/preference.py --work DIR --output benchmarks/preference.json --arms hard --scored-notes 2400
     python benchmarks/preference.py --work DIR --output benchmarks/preference_own.json --arms own own_control \\
         --chosen-on 1000
+    python benchmarks/preference.py --work DIR --output benchmarks/preference_own_second.json --arms own own_control \\
+        --seed 3 --patients 6000 --test 0.25 --development 0.3 --epochs 2 --looked-at "nothing; chosen elsewhere"
 
 A base model first learns to write the impression of synthetic radiology reports (SFT). From that run, others are tuned
 on pairs of texts that differ in one fact. The held-out patients, their notes and the greedy decoding are the same
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--scored-notes", type=int, help="of the held-out patients; default all")
     parser.add_argument("--chosen-on", type=int, default=0, help="held-out notes whose patients are not reported")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--looked-at", default=LOOKED_AT, help="what was scored on these patients before, in words")
     parser.add_argument("--seed", type=int, default=1, help="of the hospital, its patients, the split and the training")
     options = parser.parse_args()
     import torch
@@ -130,7 +133,7 @@ def main() -> None:
             "machine": machine(torch.get_num_threads()) | {"packages": package_versions()},
             "sft": {"split": first.manifest["split"], "training": first.manifest["training"]},
             "patients_left_out": len(known),
-            "settings_looked_at": LOOKED_AT,
+            "settings_looked_at": options.looked_at,
             "rows": rows,
         }
         write_json(options.output, result)
