@@ -5,12 +5,13 @@
 CodiEsp is scored on its development part (250 cases), the synthetic hospital on new patients. Evidence can only be
 checked where the corpus says where a code stands: on the synthetic notes, a code that is proposed and right counts as
 well placed where one of its three spans overlaps a gold mention of that code that the patient has. Runs that DIR
-already holds are not made again.
+already holds are not made again; rows of other cases stay as they were in the output.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 from collections import defaultdict
 from pathlib import Path
@@ -27,12 +28,13 @@ from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
 
 CASES: dict[str, dict[str, Any]] = {
     "codiesp, encoder, head": {
-        "corpus.name": "codiesp", "strategy.name": "head", "training.epochs": 5, "baselines": ["tfidf", "zero_shot"],
+        "corpus.name": "codiesp", "strategy.name": "head", "training.epochs": 5,
+        "baselines": ["tfidf", "zero_shot", "dictionary"],
     },
     "synthetic, encoder, full": {
         "corpus.options": {"institutions": 1, "patients": 800}, "strategy.name": "full", "training.epochs": 4,
         "training.learning_rate": 2e-4, "training.head_learning_rate": 2e-3, "training.save_steps": 60,
-        "baselines": ["tfidf"],
+        "baselines": ["tfidf", "dictionary"],
     },
     "codiesp, builtin:tiny, qlora": {
         "corpus.name": "codiesp", "base_model": "builtin:tiny", "strategy.name": "qlora", "training.epochs": 2,
@@ -51,7 +53,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     options = parser.parse_args()
-    rows = []
+    known = json.loads(options.output.read_text("utf-8"))["rows"] if options.output.is_file() else []
+    rows = [row for row in known if row["case"] not in options.cases]
     for name in options.cases:
         settings = {"base_model": options.encoder, "training.precision": "bf16", **CASES[name]}
         config = load_config(coding.CONFIG, None, settings)
@@ -61,6 +64,7 @@ def main() -> None:
         figures = {key: entry for key, entry in run.metrics.items() if key.rpartition(".")[2] in SHOWN}
         row: dict[str, Any] = {
             "case": name,
+            "finished": run.manifest["finished_at"],
             "settings": CASES[name],
             "steps": run.manifest["training"]["steps"],
             "seconds": run.manifest["duration_seconds"],
@@ -75,6 +79,7 @@ def main() -> None:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
     machine = {"processor": processor, "system": platform.platform(), "packages": package_versions()}
+    rows.sort(key=lambda row: list(CASES).index(row["case"]))
     write_json(options.output, {"benchmark": "coding", "machine": machine, "rows": rows})
 
 
