@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from clinical_nlp.language.terminology.index import ADJACENT, CONJUNCTION, FREE_WORD, LIST, PASSED, WEAK_WORD, Index
+from clinical_nlp.language.terminology.index import (
+    ADJACENT,
+    CONJUNCTION,
+    COPULA,
+    FREE_WORD,
+    LIST,
+    PASSED,
+    WEAK_WORD,
+    Index,
+)
 
 if TYPE_CHECKING:
     from clinical_nlp.language.terminology.matching import Reading
@@ -99,12 +108,15 @@ def _with_end(
             continue
         partners = index.partners[ids[first]]
         for head in range(other + 1, min(end, other + 1 + _REPLACED)):
-            if reading.gaps[head] > PASSED or ids[head - 1] in index.negations:
+            # `liver and spleen were enlarged`: what is said of the last of two nouns is said of the first too.
+            said = reading.gaps[head] == COPULA and head == other + 1
+            if (reading.gaps[head] > PASSED and not said) or ids[head - 1] in index.negations:
                 break
             if ids[head] not in partners:
                 continue
             for last in range(min(end, head + _LONGEST), head, -1):
-                code = index.ordered([*ids[first:stop], *ids[head:last]])
+                own, borrowed = ids[first:stop], ids[head:last]
+                code = index.ordered((*borrowed, *own) if said else (*own, *borrowed))
                 if code is not None and (
                     not index.follows(code) or any(reading.gaps[k] == CONJUNCTION for k in range(stop, other + 1))
                 ):

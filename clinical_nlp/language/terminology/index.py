@@ -54,8 +54,8 @@ _INVERTED = re.compile(r"([A-Za-z -]+), (?!in |at |with|present |not |on )([A-Za
 _STOP = re.compile(r"[.;!?](?=[\s,]|$)")
 _MASK = 2**62 - 1
 
-ADJACENT, PASSED, FREE_WORD, COPULA, WEAK_WORD, LIST, CONJUNCTION, HARD = range(8)
-"""What stands between two words, from nothing to something that no name spans; a copula counts like a new line."""
+ADJACENT, PASSED, FREE_WORD, COPULA, NEW_LINE, WEAK_WORD, LIST, CONJUNCTION, HARD = range(9)
+"""What stands between two words, from nothing to something that no name spans."""
 
 MAX_WORDS = 9
 _NEGATIONS = ("no", "not", "without", "never", "non", "normal")
@@ -132,13 +132,13 @@ class Index:
         """Return the code and factor of a window whose words are those of a name, or None where they do not say it."""
         code = self.ordered(words)
         if code is not None:  # `blood and urine` is not blood in urine
-            return (code, 1.0) if worst <= COPULA or code & 1 else None
+            return (code, 1.0) if worst <= NEW_LINE or code & 1 else None
         # Another order: within one phrase, and joined by a preposition or with the modifier put last.
-        if worst > COPULA:
+        if worst > NEW_LINE:
             return None
         if free and worst < COPULA:
             return (default, 0.9) if default != _NO_CODE else None
-        if len(words) == 2 and words[0] not in self.attributes and words[1] not in self.attributes:
+        if len(words) == 2 and worst != COPULA and words[0] not in self.attributes and words[1] not in self.attributes:
             return None
         for k in range(1, len(words)):
             code = self.ordered([*words[k:], *words[:k]])

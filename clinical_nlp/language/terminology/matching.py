@@ -28,6 +28,7 @@ from clinical_nlp.language.terminology.index import (
     HARD,
     LIST,
     MAX_WORDS,
+    NEW_LINE,
     PASSED,
     WEAK_WORD,
     Index,
@@ -40,7 +41,9 @@ _FOLDER = Path(__file__).parent
 _TOKEN = re.compile(r"([^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s])")
 _WORD = re.compile(r"[^\W_]+")
 _MEMO_LIMIT = 200_000
-_COPULAS = ("is", "are", "was", "were")
+_COPULAS = ("is", "are", "was", "were", "remains", "remained", "became")
+_OF = re.compile(r"\bof (?:the |his |her |its |their )?\Z", re.IGNORECASE)
+_SAID = re.compile(f" (?:{'|'.join(_COPULAS)}) ", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,7 @@ class Matcher:
                 continue
             if size > 1 and (
                 _unfinished(index, text, starts[last - 1], ends[last - 1])
+                or _of_another(text, starts[first], ends[last - 1])
                 or index.says_otherwise(text, starts[first], ends[last - 1])
             ):
                 continue
@@ -373,7 +377,7 @@ def _over(space: str, following: str) -> int:
     lines = space.count("\n")
     if lines > 1 or "_" in space:
         return HARD
-    return COPULA if lines and not following[:1].islower() else ADJACENT
+    return NEW_LINE if lines and not following[:1].islower() else ADJACENT
 
 
 def _unfinished(index: Index, text: str, start: int, end: int) -> bool:
@@ -381,6 +385,11 @@ def _unfinished(index: Index, text: str, start: int, end: int) -> bool:
     if text[end : end + 1] != " " or not text[end + 1 : end + 2].isalpha():
         return False
     return text.endswith(("al", "ar", "ic"), start, end) and text[start:end].lower() not in index.last_words
+
+
+def _of_another(text: str, start: int, end: int) -> bool:
+    """Whether what is said is said of something else: `phalanges of the hands were short`."""
+    return _SAID.search(text, start, end) is not None and _OF.search(text, max(0, start - 12), start) is not None
 
 
 def _shouted(index: Index, text: str, start: int, end: int) -> bool:

@@ -19,7 +19,8 @@ FREE = frozenset(
 )
 """Words that a phrase may have or lack: `dilatation of the aorta`."""
 
-WEAK = frozenset(("and", "or", "with", "by", "from", "for", "as", "is", "are", "was", "were", "nor", "plus"))
+WEAK = frozenset(("and", "or", "with", "by", "from", "for", "as", "is", "are", "was", "were", "remains", "remained",
+                  "became", "nor", "plus"))  # fmt: skip
 """Words that a phrase may have or lack only where the other words keep their order."""
 
 # Order matters: the longest ending comes first; (ending, replacement, letters that must remain before it).

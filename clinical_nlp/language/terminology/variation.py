@@ -38,6 +38,11 @@ _EXCHANGED = (
 """Last words that say the same of what stands before them."""
 _OF_BLOOD = re.compile(r"\bcirculating | in (?:the )?(?:blood|serum|plasma)$", re.IGNORECASE)
 _AMOUNT = re.compile(r" (?:concentrations?|levels?|activity)$", re.IGNORECASE)
+_TEST = re.compile(
+    r"(?P<how>abnormal|decreased|elevated|high|increased|low|raised|reduced) (?:blood |serum |plasma )?"
+    r"(?P<what>(?!drug|gas|ion)\S.+?) (?:concentrations?|levels?)",
+    re.IGNORECASE,
+)
 """What a name says of a blood test and a clinician does not."""
 _WORD = re.compile(r"[^\W_]+")
 
@@ -54,11 +59,13 @@ def variations(terminology: Terminology, ids: Iterable[str]) -> Iterator[tuple[s
                 yield concept_id, Name(text, "broad"), fixed
             for text in _ended(name.text):
                 yield concept_id, Name(text, "broad"), True
+            short = _measured(name.text)
+            if short != name.text:
+                yield concept_id, Name(short, "exact"), False
             for pattern, other in phrases:
-                if pattern.search(name.text):
-                    yield concept_id, Name(pattern.sub(other, name.text), "exact"), False
-            if (text := _measured(name.text)) != name.text:
-                yield concept_id, Name(text, "exact"), False
+                for text in dict.fromkeys((name.text, short)):
+                    if pattern.search(text):
+                        yield concept_id, Name(pattern.sub(other, text), "exact"), False
             for text in exchange.of(concept_id, name.text):
                 yield concept_id, Name(text, "exact"), False
 
@@ -87,6 +94,8 @@ def _ended(text: str) -> Iterator[str]:
 def _measured(text: str) -> str:
     """Return `elevated creatine kinase` for `elevated circulating creatine kinase concentration`."""
     short = _OF_BLOOD.sub("", text)
+    if short == text and (test := _TEST.fullmatch(text)) is not None:
+        return f"{test['how']} {test['what']}"
     return _AMOUNT.sub("", short) if short != text and short.count(" ") > 1 else text
 
 
