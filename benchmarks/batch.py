@@ -1,7 +1,7 @@
 """The batch measured: does it stay linear and flat, what does the ledger cost, and how fast is it end to end?
 
     taskset -c 1 python benchmarks/batch.py --out benchmarks/batch_linear.json linear --notes 1000000
-    python benchmarks/batch.py --out benchmarks/batch_speed.json speed
+    python benchmarks/batch.py --out benchmarks/batch_speed.json speed --mtsamples $CLINICAL_NLP_DATA/mtsamples
 
 `linear` runs the whole batch on synthetic notes with an annotator that costs nothing, so that what is left is the
 batch's own. `speed` runs everything, from a Parquet table to every output, on notes of 300 and of 1,900 words; notes a
@@ -32,6 +32,7 @@ from measuring import MIB, Peak, machine, unreclaimable
 from clinical_nlp.corpora.synthetic_hospitals import generate
 from clinical_nlp.extraction import extract, outputs, shards
 from clinical_nlp.extraction.engines import local
+from clinical_nlp.notes.corpus import load_corpus
 from clinical_nlp.notes.schema import Note
 from clinical_nlp.runs import package_versions
 
@@ -46,12 +47,15 @@ _NOTES_A_PATIENT = 10
 _CONCEPTS = ("HP:0001945", "HP:0012735", "HP:0001250", "HP:0000822", "HP:0001903", "HP:0002094", "HP:0100749")
 
 
-def texts(words: int | None, count: int) -> list[str]:
-    """Return `count` different synthetic texts; with `words`, notes joined until they have that many, and cut there."""
+def texts(words: int | None, count: int, given: Sequence[str] = ()) -> list[str]:
+    """Return at most `count` different texts, synthetic or given.
+
+    With `words`, notes are joined until they have that many, and cut there.
+    """
     found: list[str] = []
     held: list[str] = []
-    for item in generate(institutions=3, patients=1_000_000):
-        held.append(item.note.text)
+    for text in given or (item.note.text for item in generate(institutions=3, patients=1_000_000)):
+        held.append(text)
         if words is None:
             found, held = [*found, *held], []
         elif sum(len(text.split()) for text in held) >= words:
@@ -211,15 +215,24 @@ def _halves(marks: Sequence[tuple[int, float, float, int]], began: float, column
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run everything on notes of two lengths, with one worker and with two; then each tagger on the short ones."""
+    """Run everything on notes of two lengths, with one worker and two; then each tagger on short synthetic ones."""
     found = []
-    lanes = [(300, arguments.short, None), (1900, arguments.long, None)]
-    lanes += [(300, arguments.tagged, model) for model in arguments.models]
-    for words, count, model in lanes:
-        pool = texts(words, min(count, 2000))
+    given = (
+        () if arguments.mtsamples is None else load_corpus("mtsamples", arguments.mtsamples).notes["text"].to_pylist()
+    )
+    lanes = [
+        (300, arguments.short, None, given),
+        (1900, arguments.long, None, given),
+        (300, arguments.short, None, ()),
+        (1900, arguments.long, None, ()),
+        *((300, arguments.tagged, model, ()) for model in arguments.models),
+    ]
+    for words, count, model, source in lanes if given else lanes[2:]:
+        pool = texts(words, min(count, 2000), source)
         for workers in arguments.workers:
             with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
-                found.append(_timed(Path(name), pool, words, count, workers, model))
+                timed = _timed(Path(name), pool, words, count, workers, model)
+                found.append({"texts": "mtsamples" if source else "synthetic", **timed})
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return {
         "what": "sections, sentences, dictionary, assertion and all outputs, from a Parquet table; start-up included",
@@ -273,10 +286,15 @@ def main() -> None:
     fast.add_argument("--long", type=int, default=2_000, help="notes of 1,900 words")
     fast.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     fast.add_argument("--models", type=Path, nargs="*", default=[], help="ner runs to read with, one after another")
+    fast.add_argument("--mtsamples", type=Path, help="folder of that corpus, to read real notes too")
     fast.add_argument("--tagged", type=int, default=400, help="notes of 300 words for each of them")
     arguments = parser.parse_args()
     run: Callable[[argparse.Namespace], dict[str, Any]] = {"linear": linear, "speed": speed}[arguments.verb]
-    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "scratch", "run", "models")}
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("out", "scratch", "run", "models", "mtsamples")
+    }
     result = {
         "benchmark": f"batch {arguments.verb}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
