@@ -106,6 +106,7 @@ class StubExtractor:
     def _mention(self, note: Note) -> dict[str, Any]:
         number = zlib.crc32(note.note_id.encode())
         return {
+            **dict.fromkeys(shards.STAGED_SCHEMA.names),
             **{name: getattr(note, name) for name in ("institution", "note_id", "patient_id", "encounter_id")},
             **{name: getattr(note, name) for name in ("note_type", "written_at")},
             "start": 0,
@@ -119,10 +120,8 @@ class StubExtractor:
             "modality": "actual",
             "experiencer": "patient",
             "cues": [],
-            "section": None,
             "score": 1.0,
             "lane": "dictionary",
-            "copied_from": None,
             "sentence_digest": f"{number:032x}",
             "snippet": note.text[:100],
         }
