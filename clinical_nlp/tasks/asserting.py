@@ -24,13 +24,12 @@ import numpy as np
 from clinical_nlp.errors import ClinicalNlpError, ConfigError, ModelError, UsageError
 from clinical_nlp.language.sections import Section, find_sections
 from clinical_nlp.language.sentences import find_sentences
-from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
-from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
+from clinical_nlp.models.loading import BaseModel, check_offsets, load_base, read_task
 from clinical_nlp.models.resolve import ResolvedModel, resolve_model
 from clinical_nlp.notes.schema import EXPERIENCER, MODALITY, PRESENCE, TEMPORALITY, Assertion
 from clinical_nlp.runs import Estimate, Run, write_json
 from clinical_nlp.statistics.intervals import by_patient, patient_bootstrap
-from clinical_nlp.tasks.ner import load_head, special_tokens
+from clinical_nlp.tasks.ner import load_head, save_trained, special_tokens
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "presence": PRESENCE,
@@ -688,15 +687,7 @@ def save(
     folder: Path, model: Any, task: AssertionTask, base: BaseModel, thresholds: Sequence[float], *, full: bool
 ) -> None:
     """Write what was trained: `head.safetensors`, `task.json`, and the adapter or (full) the whole backbone."""
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
-    save_file(state, folder / "head.safetensors")
-    if full:
-        model.network.save_pretrained(folder / "model")
-        base.tokenizer.save_pretrained(folder / "model")
-    elif has_adapter(model.network):
-        save_adapter(model.network, folder / "adapter", name=ADAPTER, prefix=backbone_prefix(model.network))
+    save_trained(folder, model, base, full=full)
     write_json(
         folder / "task.json",
         {

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from clinical_nlp.errors import ConfigError, ModelError, TrainingError
-from clinical_nlp.models.adapters import ADAPTER, has_adapter, save_adapter
-from clinical_nlp.models.loading import BaseModel, backbone_prefix, check_offsets, load_base, read_task
+from clinical_nlp.models.loading import BaseModel, check_offsets, load_base, read_task
 from clinical_nlp.runs import Run, write_atomic, write_csv, write_json
 from clinical_nlp.statistics.calibration import Calibration
 from clinical_nlp.tasks.naming import NamedCodes
-from clinical_nlp.tasks.ner import load_head, special_tokens
+from clinical_nlp.tasks.ner import load_head, save_trained, special_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -661,14 +660,6 @@ def save(folder: Path, model: Any, task: CodingTask, base: BaseModel, *, full: b
     """
     from dataclasses import asdict
 
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
-    save_file(state, folder / "head.safetensors")
-    if full:
-        model.network.save_pretrained(folder / "model")
-        base.tokenizer.save_pretrained(folder / "model")
-    elif has_adapter(model.network):
-        save_adapter(model.network, folder / "adapter", name=ADAPTER, prefix=backbone_prefix(model.network))
+    save_trained(folder, model, base, full=full)
     values = asdict(task) | {"task": "coding", "quantization": base.quantization}
     write_json(folder / "task.json", values | {"descriptions": model.head.descriptions is not None} | decided)

@@ -599,7 +599,14 @@ class NerPredictor:
 
 
 def save(folder: Path, model: Any, task: NerTask, base: BaseModel, *, full: bool) -> None:
-    """Write what was trained: `head.safetensors`, `task.json`, and the adapter or (full) the whole backbone."""
+    """Write what was trained, and `task.json`."""
+    save_trained(folder, model, base, full=full)
+    values = {"task": "ner", "labels": list(task.labels), "window": task.window, "overlap": task.overlap}
+    write_json(folder / "task.json", values | {"bidirectional": task.bidirectional, "quantization": base.quantization})
+
+
+def save_trained(folder: Path, model: Any, base: BaseModel, *, full: bool) -> None:
+    """Write the head of a model, and the adapter or (full) the whole backbone under it."""
     from safetensors.torch import save_file
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
@@ -609,8 +616,6 @@ def save(folder: Path, model: Any, task: NerTask, base: BaseModel, *, full: bool
         base.tokenizer.save_pretrained(folder / "model")
     elif has_adapter(model.network):
         save_adapter(model.network, folder / "adapter", name=ADAPTER, prefix=backbone_prefix(model.network))
-    values = {"task": "ner", "labels": list(task.labels), "window": task.window, "overlap": task.overlap}
-    write_json(folder / "task.json", values | {"bidirectional": task.bidirectional, "quantization": base.quantization})
 
 
 def load_head(model: Any, folder: Path) -> None:
