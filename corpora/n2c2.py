@@ -12,6 +12,7 @@ from clinical_nlp.errors import InputError
 from clinical_nlp.notes.corpus import Card, Corpus, corpus_path
 from clinical_nlp.notes.readers import ReadOptions, read_notes
 from clinical_nlp.notes.readers.brat import read_spans
+from clinical_nlp.notes.readers.patient_map import PATIENT_MAP
 
 CARD = Card(
     name="n2c2",
@@ -33,7 +34,8 @@ _PARTS = (("train", "training_*"), ("test", "gold-standard*"))
 def load(path: Path | None = None) -> Corpus:
     """Read `training_20180910/` and `gold-standard-test-data/`, BRAT files at any depth below; a part may be missing.
 
-    Another folder of BRAT files (one's own annotations in the same form) is read whole, without official parts.
+    Another folder of BRAT files (one's own annotations in the same form) is read whole, without official parts; its
+    `patient_map.csv`, where there is one, says whose documents they are.
     A span of several fragments becomes one, from its first start to its last end; annotation lines that do not fit
     their text are left out. Both are counted on the card.
 
@@ -62,7 +64,8 @@ def load(path: Path | None = None) -> Corpus:
         left_out += without
         left_out.update(f"rejected ({item.reason})" for item in found.rejected)
         several += found.discontinuous
-        table = _by_file_name(table, "note_id", "patient_id")
+        mapped = (folder / PATIENT_MAP).is_file()
+        table = _by_file_name(table, "note_id", *(() if mapped else ("patient_id",)))
         names = table["note_id"].to_pylist()
         if len(set(names)) != len(names) or any(("BIDMC", name) in parts for name in names):
             raise InputError(f"{folder}: a document is there twice; name the folder that holds each one once")

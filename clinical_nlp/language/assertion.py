@@ -599,9 +599,8 @@ def _reaches(text: str, start: int, end: int, scope: int, axis: str) -> bool:
     if end - start >= 12 * scope:
         return False
     between = text[start:end]
-    if _STOPPED.search(
-        text, start, end
-    ):  # a sentence that ended without the splitter's notice, as in text without capitals
+    # A sentence that ended without the splitter's notice, as in text without capitals.
+    if _STOPPED.search(text, start, end):
         return False
     if axis in ("presence", "modality", "temporality"):
         colon = between.find(":")

@@ -321,9 +321,12 @@ def test_corrections_are_a_corpus(output, tmp_path):
     assert {row["hpo_id"] for row in spans} == {FEVER, COUGH, SEIZURE, "HP:0000175"}
     assert {"absent", "uncertain"} < {row["presence"] for row in spans}
     assert "family" in {row["experiencer"] for row in spans}
-    options = ReadOptions(patient_map=folder / "corpus" / "patient_map.csv")
-    patients = {note.patient_id for note in read_notes(folder / "corpus", format="brat", options=options)}
-    assert patients == {"A/1", "A/2", "A/3", "B/1", "B/4 / ü", "B/5"}
+    whose = {"A/1", "A/2", "A/3", "B/1", "B/4 / ü", "B/5"}
+    given = ReadOptions(patient_map=folder / "corpus" / "patient_map.csv")
+    for options in (given, ReadOptions()):  # the map is there, and is taken: notes of a patient stay together
+        assert {note.patient_id for note in read_notes(folder / "corpus", format="brat", options=options)} == whose
+    assert set(corpus.notes["patient_id"].to_pylist()) == whose
+    assert set(load_corpus("ehr_export", folder / "corpus", format="brat").notes["patient_id"].to_pylist()) == whose
 
 
 def test_texts_that_were_changed_do_not_count(output, tmp_path):

@@ -46,7 +46,7 @@ def values(tmp_path_factory):
     return {
         "corpus.name": "ehr_export",
         "corpus.path": str(brat),
-        "corpus.options": {"format": "brat", "patient_map": str(brat / "patient_map.csv")},
+        "corpus.options": {"format": "brat"},
         "base_model": str(write_words(folder / "encoder", WORDS)),
         "strategy": {"name": "full"},
         "training": {"epochs": 12, "learning_rate": 2e-3, "batch_size": 4},

@@ -33,6 +33,7 @@ from clinical_nlp.notes.readers import ReadOptions
 from clinical_nlp.notes.readers.brat import read_spans
 from clinical_nlp.notes.readers.files import read_text
 from clinical_nlp.notes.readers.label_studio import read_annotations
+from clinical_nlp.notes.readers.patient_map import PATIENT_MAP
 from clinical_nlp.notes.schema import Note, Rejected
 from clinical_nlp.notes.writers.brat import AXES, entity_type, write_document, write_settings
 from clinical_nlp.notes.writers.label_studio import label_config, task
@@ -512,7 +513,7 @@ def _write_corpus(folder: Path, spans: _Spans, texts: Mapping[str, str], given: 
         ]
         write_document(folder / f"{name}.txt", texts[name], marks)
         rows.writerow([name, f"{given.notes[name].institution}/{given.notes[name].patient_id}"])
-    write_atomic(folder / "patient_map.csv", text.getvalue())
+    write_atomic(folder / PATIENT_MAP, text.getvalue())
 
 
 def _reference(concept: str, system: str) -> str:

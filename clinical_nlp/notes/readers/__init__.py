@@ -13,7 +13,7 @@ from clinical_nlp.errors import InputError, MissingDataError, UsageError, neares
 from clinical_nlp.notes.readers.files import require_codec
 from clinical_nlp.notes.readers.index import DiskIndex
 from clinical_nlp.notes.readers.options import DEFAULT_OPTIONS, UNKNOWN_INSTITUTION, Reading, ReadOptions
-from clinical_nlp.notes.readers.patient_map import PatientMap
+from clinical_nlp.notes.readers.patient_map import PATIENT_MAP, PatientMap
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected, Skipped
 from clinical_nlp.progress import say
 
@@ -65,6 +65,9 @@ def read_notes(source: Path, *, format: str, options: ReadOptions = DEFAULT_OPTI
         raise UsageError(f"columns are mapped for the format table alone, not for {format}; leave --columns out")
     if options.attachments is not None and not options.attachments.is_dir():
         raise MissingDataError(f"attachments folder {options.attachments} does not exist")
+    if format == "brat" and options.patient_map is None and (own := source / PATIENT_MAP).is_file():
+        say(f"whose notes these are: {own}")
+        options = replace(options, patient_map=own)
     return _read(module, source, format, options)
 
 

@@ -5,8 +5,8 @@
         .discontinuous  how many spans had several fragments
         .rejected       tuple of Rejected: annotation lines that do not fit their text
 
-Every document is its own patient unless `patient_map` says otherwise: the format has no patients. The note id is the
-path below the source without `.txt`.
+The format has no patients: every document is its own, unless `patient_map` says otherwise, or a `patient_map.csv` in
+the folder does, as `review` writes it. The note id is the path below the source without `.txt`.
 
 A discontinuous span (`Drug 10 15;16 20`) becomes one span from its first start to its last end, with the text
 between, and is counted: most are spans that a line break divided. Offsets are code points into the unchanged text;

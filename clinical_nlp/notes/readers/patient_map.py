@@ -12,6 +12,8 @@ from clinical_nlp.notes.readers.rows import columns, near_column, rows, text_val
 from clinical_nlp.notes.schema import Note, Patient, Record, Rejected
 
 Shared = TypeVar("Shared", bound=Record | Patient)
+PATIENT_MAP = "patient_map.csv"
+"""Beside BRAT files: whose documents they are, which the format cannot say. `review` writes it."""
 _NEEDED = ("patient_id", "shared_patient_id")
 
 
